@@ -1,0 +1,2 @@
+// Package agent is one node's life.
+package agent

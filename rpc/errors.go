@@ -1,0 +1,72 @@
+package rpc
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Errors that a Log may return. Every one of them except ErrUnknownOutcome
+// means, when it answers a proposal, that nothing was appended.
+var (
+	// ErrUnknownOutcome: the batch was handed to replication and what became of
+	// it is not known. It may be in the log now or later.
+	ErrUnknownOutcome = errors.New("outcome unknown: the batch may or may not have been appended")
+	// ErrNoLeader: no leader is known now.
+	ErrNoLeader = errors.New("no leader")
+	// ErrOverloaded: too much is in flight already.
+	ErrOverloaded = errors.New("too much in flight")
+	// ErrClosed: the log is shutting down.
+	ErrClosed = errors.New("log is closed")
+)
+
+// OffsetOutOfRangeError: a read outside of what is kept.
+type OffsetOutOfRangeError struct{ Offset, First, Next uint64 }
+
+func (e *OffsetOutOfRangeError) Error() string {
+	return fmt.Sprintf("offset %d is out of range: the log holds offsets %d up to, not including, %d", e.Offset, e.First, e.Next)
+}
+
+// OffsetMismatchError: the batch would not have got its expected offset.
+type OffsetMismatchError struct{ Expected, Next uint64 }
+
+func (e *OffsetMismatchError) Error() string {
+	return fmt.Sprintf("expected offset %d, but the next offset is %d", e.Expected, e.Next)
+}
+
+// NotLeaderError: this node cannot append; the named one leads.
+type NotLeaderError struct{ LeaderID, LeaderAddress string }
+
+func (e *NotLeaderError) Error() string {
+	return fmt.Sprintf("not the leader: node %s at %s leads", e.LeaderID, e.LeaderAddress)
+}
+
+// RecordTooLargeError: one record of a batch is over the limit.
+type RecordTooLargeError struct{ Position, Size, Limit int }
+
+func (e *RecordTooLargeError) Error() string {
+	return fmt.Sprintf("record %d of the batch has %d bytes, the limit is %d", e.Position, e.Size, e.Limit)
+}
+
+// BatchTooLargeError: a batch is over the limit.
+type BatchTooLargeError struct{ Size, Limit int }
+
+func (e *BatchTooLargeError) Error() string {
+	return fmt.Sprintf("the batch has %d bytes, the limit is %d", e.Size, e.Limit)
+}
+
+// CorruptError: stored bytes failed their check. Nothing was repaired or
+// skipped.
+type CorruptError struct {
+	File     string
+	Position int64
+	Detail   string
+}
+
+func (e *CorruptError) Error() string {
+	return fmt.Sprintf("%s is damaged at byte %d: %s", e.File, e.Position, e.Detail)
+}
+
+// ShortBufferError: a read needs a buffer of Need bytes.
+type ShortBufferError struct{ Need int }
+
+func (e *ShortBufferError) Error() string { return fmt.Sprintf("the buffer must have %d bytes", e.Need) }
