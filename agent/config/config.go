@@ -1,0 +1,147 @@
+package config
+
+import (
+	"os"
+	"time"
+)
+
+// Config is a checked configuration. Sizes are bytes.
+type Config struct {
+	// Dev asks for a throw-away node: DataDir may be empty, which means a
+	// temporary directory.
+	Dev bool
+	// DataDir holds everything the node keeps. Empty only with Dev.
+	DataDir string
+	// LogLevel is one of trace, debug, info, warn, error.
+	LogLevel string
+	// LogJSON writes one JSON object per line of log.
+	LogJSON bool
+
+	Node     Node
+	Listener Listener
+	Limits   Limits
+	Log      Log
+	Raft     Raft
+
+	// ShutdownTimeout is how long a clean stop may take before calls that are
+	// still under way are cut off.
+	ShutdownTimeout time.Duration
+}
+
+// Node is what the node is called.
+type Node struct {
+	// Name is for people. It may change: a node is known by an id that is kept
+	// with its data.
+	Name string
+}
+
+// Listener is where the node listens. Addresses are host:port.
+type Listener struct {
+	// RPC is the address to listen at for clients and peers. Its host may be a
+	// wildcard or empty, its port 0, which lets the kernel choose one.
+	RPC string
+	// Advertise is the address at which others reach RPC: never a wildcard.
+	// Its port is 0 only where RPC's is and Advertise was not given; the port
+	// is then known once the node listens.
+	Advertise string
+	// MaxConnections is how many connections may be open.
+	MaxConnections int
+	// MaxStreams is how many calls may be under way.
+	MaxStreams int
+}
+
+// Limits bounds what clients may ask for.
+type Limits struct {
+	// MaxRecord is the largest record: key, value and headers, encoded.
+	MaxRecord int64
+	// MaxBatch is the largest batch of encoded records with their framing: at
+	// least MaxRecord + RecordFraming.
+	MaxBatch int64
+	// InFlight is how many bytes of batches may wait for their outcome.
+	InFlight int64
+}
+
+// RecordFraming is the most that a batch takes for one record besides the
+// encoded record: its tag and length.
+const RecordFraming = 10
+
+// Log is how logs are stored.
+type Log struct {
+	// SegmentSize is the size at which a new segment file is begun.
+	SegmentSize int64
+}
+
+// Raft is replication's pace.
+type Raft struct {
+	// HeartbeatTimeout is how long a follower waits to hear from its leader
+	// before it stands for election.
+	HeartbeatTimeout time.Duration
+	// ElectionTimeout is how long a candidate waits for votes.
+	ElectionTimeout time.Duration
+	// LeaderLeaseTimeout is how long a leader that does not reach a quorum
+	// stays one.
+	LeaderLeaseTimeout time.Duration
+	// CommitTimeout is how soon an idle leader tells its followers what is
+	// committed: how far behind an idle follower's readers are.
+	CommitTimeout time.Duration
+	// SnapshotInterval is how often the state beside the log is written down;
+	// a restart reads again what was appended after that.
+	SnapshotInterval time.Duration
+}
+
+const (
+	kib = int64(1) << 10
+	mib = int64(1) << 20
+	gib = int64(1) << 30
+)
+
+// Default returns what holds where nothing is said. It is a valid
+// configuration but for DataDir, which has no default.
+func Default() *Config { return defaults(thisHost) }
+
+// Dev returns Default for a throw-away node.
+func Dev() *Config {
+	c := Default()
+	c.Dev = true
+	return c
+}
+
+func defaults(h host) *Config {
+	c := &Config{
+		LogLevel: "info",
+		Listener: Listener{
+			RPC:            "127.0.0.1:8400",
+			Advertise:      "127.0.0.1:8400",
+			MaxConnections: 4096,
+			MaxStreams:     4096,
+		},
+		Limits: Limits{MaxRecord: mib, MaxBatch: mib + 64*kib, InFlight: 64 * mib},
+		Log:    Log{SegmentSize: 64 * mib},
+		Raft: Raft{
+			HeartbeatTimeout:   500 * time.Millisecond,
+			ElectionTimeout:    500 * time.Millisecond,
+			LeaderLeaseTimeout: 500 * time.Millisecond,
+			CommitTimeout:      5 * time.Millisecond,
+			SnapshotInterval:   5 * time.Second,
+		},
+		ShutdownTimeout: 10 * time.Second,
+	}
+	// A machine that does not know its name can still run a node.
+	c.Node.Name = "localhost"
+	if name, err := h.hostname(); err == nil && name != "" {
+		c.Node.Name = name
+	}
+	return c
+}
+
+// host is the part of the machine that a configuration can see. Tests bring
+// their own.
+type host struct {
+	env       func(string) (string, bool)
+	hostname  func() (string, error)
+	privateIP func() (string, error)
+	expand    func(template string) (string, error)
+	readFile  func(path string) ([]byte, error)
+	readDir   func(path string) ([]os.DirEntry, error)
+	isDir     func(path string) (bool, error)
+}

@@ -1,0 +1,112 @@
+package config
+
+import (
+	"strconv"
+	"time"
+)
+
+// kind is what a key holds, and how it is written.
+type kind int
+
+const (
+	kindText     kind = iota // a string
+	kindChoice               // one of a few strings
+	kindFlag                 // true or false
+	kindCount                // a whole number
+	kindSize                 // bytes, as "64MiB"
+	kindDuration             // as "500ms"
+	kindAddress              // host:port, a go-sockaddr template
+)
+
+// key is one thing that can be configured.
+type key struct {
+	// name as in a file: "log_level", or "limits.max_record" for the argument
+	// max_record of the block limits.
+	name string
+	kind kind
+	// field points to where a Config keeps it: *string, *bool, *int, *int64 or
+	// *time.Duration, as kind has it.
+	field func(*Config) any
+	// min and max bound counts, sizes and durations (in nanoseconds).
+	min, max int64
+	// oneOf lists a choice's values.
+	oneOf []string
+	// empty allows "", which then means the default.
+	empty bool
+	// live says that a running node applies a change at once.
+	live bool
+}
+
+// keys is every key there is, in the order of config.hcl.
+var keys = []key{
+	{name: "data_dir", kind: kindText, empty: true, field: func(c *Config) any { return &c.DataDir }},
+	{name: "log_level", kind: kindChoice, oneOf: []string{"trace", "debug", "info", "warn", "error"}, live: true,
+		field: func(c *Config) any { return &c.LogLevel }},
+	{name: "log_json", kind: kindFlag, field: func(c *Config) any { return &c.LogJSON }},
+	{name: "shutdown_timeout", kind: kindDuration, min: millis(100), max: int64(10 * time.Minute),
+		field: func(c *Config) any { return &c.ShutdownTimeout }},
+
+	{name: "node.name", kind: kindText, field: func(c *Config) any { return &c.Node.Name }},
+
+	{name: "listener.rpc", kind: kindAddress, field: func(c *Config) any { return &c.Listener.RPC }},
+	{name: "listener.advertise", kind: kindAddress, empty: true, field: func(c *Config) any { return &c.Listener.Advertise }},
+	{name: "listener.max_connections", kind: kindCount, min: 1, max: 1 << 20, field: func(c *Config) any { return &c.Listener.MaxConnections }},
+	{name: "listener.max_streams", kind: kindCount, min: 1, max: 1 << 20, field: func(c *Config) any { return &c.Listener.MaxStreams }},
+
+	// A batch and what is sent around it stays below the 4 MiB that gRPC
+	// clients accept unless told otherwise.
+	{name: "limits.max_record", kind: kindSize, min: 1, max: 3 * mib, field: func(c *Config) any { return &c.Limits.MaxRecord }},
+	{name: "limits.max_batch", kind: kindSize, min: 1, max: 3 * mib, field: func(c *Config) any { return &c.Limits.MaxBatch }},
+	{name: "limits.in_flight", kind: kindSize, min: 1, max: 64 * gib, field: func(c *Config) any { return &c.Limits.InFlight }},
+
+	{name: "log.segment_size", kind: kindSize, min: mib, max: gib, field: func(c *Config) any { return &c.Log.SegmentSize }},
+
+	{name: "raft.heartbeat_timeout", kind: kindDuration, min: millis(20), max: int64(time.Minute), field: func(c *Config) any { return &c.Raft.HeartbeatTimeout }},
+	{name: "raft.election_timeout", kind: kindDuration, min: millis(20), max: int64(time.Minute), field: func(c *Config) any { return &c.Raft.ElectionTimeout }},
+	{name: "raft.leader_lease_timeout", kind: kindDuration, min: millis(20), max: int64(time.Minute), field: func(c *Config) any { return &c.Raft.LeaderLeaseTimeout }},
+	{name: "raft.commit_timeout", kind: kindDuration, min: millis(1), max: int64(time.Second), field: func(c *Config) any { return &c.Raft.CommitTimeout }},
+	{name: "raft.snapshot_interval", kind: kindDuration, min: millis(100), max: int64(24 * time.Hour), field: func(c *Config) any { return &c.Raft.SnapshotInterval }},
+}
+
+func millis(n int64) int64 { return n * int64(time.Millisecond) }
+
+// format writes c's value the way a file would, without quotes.
+func (k key) format(c *Config) string {
+	switch v := k.field(c).(type) {
+	case *string:
+		return *v
+	case *bool:
+		return strconv.FormatBool(*v)
+	case *int:
+		return strconv.Itoa(*v)
+	case *int64:
+		return formatSize(*v)
+	case *time.Duration:
+		return v.String()
+	default:
+		panic("config: key " + k.name + " points to a type that no kind has")
+	}
+}
+
+// Change is a key whose value differs between two configurations.
+type Change struct {
+	// Key is its name, as "limits.max_record".
+	Key string
+	// Old and New are the values as a file would give them.
+	Old, New string
+	// Live says that a running node applies the change at once. Any other
+	// takes a restart.
+	Live bool
+}
+
+// Changes lists what differs between two checked configurations, in the order
+// of config.hcl. It leaves out Dev, which no reload can change.
+func Changes(old, new *Config) []Change {
+	var out []Change
+	for _, k := range keys {
+		if was, is := k.format(old), k.format(new); was != is {
+			out = append(out, Change{Key: k.name, Old: was, New: is, Live: k.live})
+		}
+	}
+	return out
+}
