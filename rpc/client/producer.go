@@ -1,0 +1,497 @@
+package client
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/protobuf/encoding/protowire"
+
+	v1 "github.com/diurnalog/diurna/rpc/v1"
+)
+
+// Defaults of ProducerOptions.
+const (
+	DefaultBatchRecords     = 16384
+	DefaultBatchBytes       = 512 << 10
+	DefaultLinger           = 5 * time.Millisecond
+	DefaultMaxInFlightBytes = 8 << 20
+)
+
+// ProducerOptions configure a Producer. The zero value is usable.
+type ProducerOptions struct {
+	// Log names the log to append to; empty means the default log.
+	Log string
+	// BatchRecords and BatchBytes (wire form) close a batch that has reached
+	// them. A record larger than BatchBytes travels alone. A batch is appended
+	// whole or not at all, so the server's batch limit is the ceiling.
+	BatchRecords, BatchBytes int
+	// Linger is how long a batch may wait for more records: what a lone record
+	// pays so that a busy producer needs fewer, larger batches. 0 means
+	// DefaultLinger, negative none.
+	Linger time.Duration
+	// MaxInFlightBytes bounds what is buffered or sent and not yet
+	// acknowledged; Append blocks above it. One record always fits.
+	MaxInFlightBytes int
+	// AckTimeout, if positive, fails the producer when something is sent and
+	// no acknowledgement comes for so long. 0 waits for ever.
+	AckTimeout time.Duration
+	// ExpectedOffset, if set, must be the offset of the very first record;
+	// otherwise nothing is appended and the error is OFFSET_MISMATCH. Other
+	// producers may still append between the batches after the first.
+	ExpectedOffset *uint64
+	// OnAck, if set, is called for every acknowledged batch, in order, from
+	// one goroutine. While it runs no further acknowledgement is taken, and it
+	// must not call Append, Flush or Close, which may wait for it.
+	OnAck func(Ack)
+}
+
+func (o *ProducerOptions) applyDefaults() {
+	if o.BatchRecords <= 0 {
+		o.BatchRecords = DefaultBatchRecords
+	}
+	if o.BatchBytes <= 0 {
+		o.BatchBytes = DefaultBatchBytes
+	}
+	if o.Linger == 0 {
+		o.Linger = DefaultLinger
+	}
+	if o.MaxInFlightBytes <= 0 {
+		o.MaxInFlightBytes = DefaultMaxInFlightBytes
+	}
+}
+
+// Producer appends a stream of records in batches, several of them in flight.
+// It is safe for concurrent use; records of one goroutine keep their order.
+//
+// The first failure ends it: every record that is not acknowledged by then is
+// counted as not appended or unknown, and Append and Flush return the error
+// from then on. It sends nothing twice.
+type Producer struct {
+	client *Client
+	opts   ProducerOptions
+	stream grpc.ClientStream
+	cancel context.CancelFunc
+	pool   batchPool
+
+	wake   chan struct{} // capacity 1: the sender has something to look at
+	failed chan struct{} // closed by the first failure
+	ended  chan struct{} // closed when receive has ended
+	done   chan struct{} // closed when every goroutine has ended
+
+	mu sync.Mutex // protects all below
+	// A batch moves from open (taking records) to queue (closed, not sent) to
+	// sent (handed to the connection, not acknowledged).
+	open      *batch
+	openSince time.Time
+	queue     []*batch
+	sent      []*batch
+	pending   int // bytes in the three of them
+	accepted  uint64
+	acked     int // batches
+	outcome   Outcome
+	progress  time.Time // of the last acknowledgement, or the first send after none was awaited
+	closing   bool
+	err       error
+	changed   chan struct{} // closed, and forgotten, when room or outcome change; nil while nobody waits
+}
+
+type batch struct {
+	buf   *[]byte
+	count int
+	bytes int // its share of pending
+}
+
+// NewProducer opens a stream to append to a log. ctx bounds the opening, not
+// the life of the producer, which ends with Close.
+func (c *Client) NewProducer(ctx context.Context, opts ProducerOptions) (*Producer, error) {
+	opts.applyDefaults()
+	streamCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, cancel)
+	stream, err := c.conn.NewStream(streamCtx, &v1.Log_ServiceDesc.Streams[0], v1.Log_ProduceStream_FullMethodName, grpc.ForceCodecV2(wireCodec))
+	if err == nil && !stop() {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		stop()
+		cancel()
+		if ctx.Err() != nil {
+			e := c.timeoutError(context.Cause(ctx), "no producer was opened")
+			e.Definite = true
+			return nil, e
+		}
+		return nil, c.wrap(err, false)
+	}
+	p := &Producer{
+		client: c,
+		opts:   opts,
+		stream: stream,
+		cancel: cancel,
+		wake:   make(chan struct{}, 1),
+		failed: make(chan struct{}),
+		ended:  make(chan struct{}),
+		done:   make(chan struct{}),
+	}
+	var wg sync.WaitGroup
+	wg.Go(p.send)
+	wg.Go(p.receive)
+	if opts.AckTimeout > 0 {
+		wg.Go(p.watch)
+	}
+	go func() {
+		wg.Wait()
+		close(p.done)
+	}()
+	return p, nil
+}
+
+// Append hands r over to be appended; it copies r, which may be reused at
+// once. It blocks while MaxInFlightBytes are on their way. An error means that
+// r was not accepted, will not be appended and is in no count: the error that
+// ended the producer, ErrClosed, ctx's error, or one about r itself, which
+// leaves the producer usable.
+func (p *Producer) Append(ctx context.Context, r *Record) error {
+	if err := checkRecord(r); err != nil {
+		return invalid("%v", err)
+	}
+	size := RecordSize(r)
+	total := 1 + protowire.SizeBytes(size)
+
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for {
+		switch {
+		case p.closing:
+			return ErrClosed
+		case p.err != nil:
+			return p.err
+		}
+		if p.pending == 0 || p.pending+total <= p.opts.MaxInFlightBytes {
+			break
+		}
+		// What fills the room may be the open batch: it has to leave before
+		// its linger ends, or nothing would.
+		p.closeBatchLocked()
+		if err := p.waitLocked(ctx); err != nil {
+			return err
+		}
+	}
+	if p.open != nil && len(*p.open.buf)+total > p.opts.BatchBytes {
+		p.closeBatchLocked()
+	}
+	if p.open == nil {
+		p.openBatchLocked()
+	}
+	b := p.open
+	*b.buf = appendRecord(*b.buf, r, size)
+	b.count++
+	b.bytes += total
+	p.accepted++
+	p.pending += total
+	if b.count >= p.opts.BatchRecords || len(*b.buf) >= p.opts.BatchBytes || p.opts.Linger < 0 {
+		p.closeBatchLocked()
+	}
+	return nil
+}
+
+// Flush sends what is buffered without waiting for its linger and returns once
+// every record accepted before the call is acknowledged, or with the error
+// that ended the producer, or with ctx's.
+func (p *Producer) Flush(ctx context.Context) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closeBatchLocked()
+	for target := p.accepted; p.outcome.Acknowledged < target; {
+		if p.err != nil {
+			return p.err
+		}
+		if err := p.waitLocked(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Close sends what is buffered, waits for the acknowledgements and ends the
+// producer; when ctx ends first, it gives up on what is not acknowledged by
+// then. The Outcome accounts for every accepted record. The error is nil if
+// and only if all of them are acknowledged. Further calls return the same.
+func (p *Producer) Close(ctx context.Context) (Outcome, error) {
+	p.mu.Lock()
+	p.closing = true
+	p.closeBatchLocked()
+	p.wakeSender()
+	p.changedLocked()
+	p.mu.Unlock()
+
+	select {
+	case <-p.done:
+	case <-ctx.Done():
+		p.fail(p.client.timeoutError(context.Cause(ctx), "gave up waiting for acknowledgements"))
+		<-p.done
+	}
+	p.cancel()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.outcome.Acknowledged == p.accepted {
+		return p.outcome, nil // the stream may have broken, but after its work
+	}
+	return p.outcome, p.err
+}
+
+// Failed is closed when the producer has failed; Close then tells how.
+func (p *Producer) Failed() <-chan struct{} { return p.failed }
+
+// Outcome returns the counts as they are now.
+func (p *Producer) Outcome() Outcome {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.outcome
+}
+
+func (p *Producer) openBatchLocked() {
+	b := &batch{buf: p.pool.Get(0)}
+	var expected *uint64
+	if p.accepted == 0 {
+		expected = p.opts.ExpectedOffset
+	}
+	*b.buf = appendRequestHead((*b.buf)[:0], p.opts.Log, expected)
+	p.open, p.openSince = b, time.Now()
+	p.wakeSender() // to wait for the linger
+}
+
+func (p *Producer) closeBatchLocked() {
+	if p.open == nil {
+		return
+	}
+	p.queue = append(p.queue, p.open)
+	p.open = nil
+	p.wakeSender()
+}
+
+func (p *Producer) wakeSender() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// waitLocked lets go of the lock until something has changed.
+func (p *Producer) waitLocked(ctx context.Context) error {
+	if p.changed == nil {
+		p.changed = make(chan struct{})
+	}
+	changed := p.changed
+	p.mu.Unlock()
+	defer p.mu.Lock()
+	select {
+	case <-changed:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (p *Producer) changedLocked() {
+	if p.changed != nil {
+		close(p.changed)
+		p.changed = nil
+	}
+}
+
+// send hands batches to the stream, in order, until the producer is closed and
+// nothing is left, or has failed.
+func (p *Producer) send() {
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		b, wait, end := p.nextToSend()
+		switch {
+		case end:
+			// Its only error is that the stream has ended, which receive sees.
+			_ = p.stream.CloseSend()
+			return
+		case b != nil:
+			err := p.stream.SendMsg(&encoded{mem.NewBuffer(b.buf, &p.pool)})
+			if err == io.EOF {
+				return // receive gets the reason
+			}
+			if err != nil {
+				p.fail(p.client.wrap(err, true))
+				return
+			}
+			continue
+		case wait > 0:
+			timer.Reset(wait)
+		}
+		var lingered <-chan time.Time
+		if wait > 0 {
+			lingered = timer.C
+		}
+		select {
+		case <-p.wake:
+		case <-lingered:
+		case <-p.failed:
+			return
+		}
+	}
+}
+
+// nextToSend returns a batch, counted as sent already; or how long to wait for
+// the open one, 0 where there is none; or that there will be nothing more.
+func (p *Producer) nextToSend() (b *batch, wait time.Duration, end bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.err != nil {
+		return nil, 0, true
+	}
+	if len(p.queue) == 0 && p.open != nil {
+		if wait = p.opts.Linger - time.Since(p.openSince); wait > 0 {
+			return nil, wait, false
+		}
+		p.queue = append(p.queue, p.open)
+		p.open = nil
+	}
+	if len(p.queue) == 0 {
+		return nil, 0, p.closing
+	}
+	b = p.queue[0]
+	p.queue = p.queue[1:]
+	if len(p.sent) == 0 {
+		p.progress = time.Now()
+	}
+	// Counted as sent before it is: if the stream ends in between, the batch is
+	// called unknown though it was not appended. The other order could call a
+	// batch not appended that was.
+	p.sent = append(p.sent, b)
+	return b, 0, false
+}
+
+// receive takes the acknowledgements until the stream ends.
+func (p *Producer) receive() {
+	defer close(p.ended)
+	var resp v1.ProduceResponse
+	for {
+		resp.Reset()
+		if err := p.stream.RecvMsg(&resp); err != nil {
+			p.fail(p.client.wrap(err, true))
+			return
+		}
+		ack := ackOf(&resp)
+		if err := p.acknowledge(ack); err != nil {
+			p.fail(err)
+			return
+		}
+		if p.opts.OnAck != nil {
+			p.opts.OnAck(ack)
+		}
+		p.mu.Lock()
+		p.changedLocked()
+		p.mu.Unlock()
+	}
+}
+
+func (p *Producer) finishedLocked() bool {
+	return p.err == nil && p.closing && p.outcome.Acknowledged == p.accepted
+}
+
+func (p *Producer) acknowledge(ack Ack) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.err != nil {
+		return p.err // too late: it is counted as unknown already
+	}
+	if len(p.sent) == 0 {
+		return p.client.protocolError(true, "the server acknowledged more batches than were sent")
+	}
+	b := p.sent[0]
+	if ack.NextOffset-ack.BaseOffset != uint64(b.count) {
+		return p.client.protocolError(true, "a batch of %d records was acknowledged with offsets %d up to, not including, %d", b.count, ack.BaseOffset, ack.NextOffset)
+	}
+	p.sent = p.sent[1:]
+	p.acked++
+	p.pending -= b.bytes
+	p.progress = time.Now()
+	if p.outcome.Acknowledged == 0 {
+		p.outcome.First = ack.BaseOffset
+	}
+	p.outcome.Acknowledged += uint64(b.count)
+	p.outcome.Last = ack.NextOffset - 1
+	return nil
+}
+
+// fail ends the producer with its first error and settles what is not
+// acknowledged. What was not sent was not appended.
+func (p *Producer) fail(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.finishedLocked() {
+		p.cancel() // nothing is left to fail, and nothing to wait for
+		return
+	}
+	if p.err != nil {
+		return
+	}
+	e := p.client.wrap(err, true)
+	p.outcome.settle(e, p.acked, p.sent)
+	for _, b := range p.queue {
+		p.outcome.NotAppended += uint64(b.count)
+	}
+	if p.open != nil {
+		p.outcome.NotAppended += uint64(p.open.count)
+	}
+	// The buffers of queued batches go to the garbage collector, not to the
+	// pool: whether the sender holds one is not worth knowing.
+	p.open, p.queue, p.sent, p.pending = nil, nil, nil, 0
+	p.err = e
+	close(p.failed)
+	p.cancel()
+	p.changedLocked()
+}
+
+// watch fails the producer when the server stops acknowledging.
+func (p *Producer) watch() {
+	limit := p.opts.AckTimeout
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	for {
+		select {
+		case <-p.failed:
+			return
+		case <-p.ended:
+			return
+		case <-timer.C:
+		}
+		p.mu.Lock()
+		waiting, since := len(p.sent) > 0, time.Since(p.progress)
+		p.mu.Unlock()
+		if !waiting {
+			timer.Reset(limit)
+			continue
+		}
+		if since < limit {
+			timer.Reset(limit - since)
+			continue
+		}
+		p.fail(p.client.timeoutError(context.DeadlineExceeded, fmt.Sprintf("the server acknowledged nothing for %s", limit)))
+		return
+	}
+}
+
+// batchPool recycles the buffers of sent batches. gRPC returns them when the
+// connection has written them.
+type batchPool struct{ pool sync.Pool }
+
+func (p *batchPool) Get(int) *[]byte {
+	if b, ok := p.pool.Get().(*[]byte); ok {
+		return b
+	}
+	b := make([]byte, 0, 4<<10)
+	return &b
+}
+
+func (p *batchPool) Put(b *[]byte) { p.pool.Put(b) }

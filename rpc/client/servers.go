@@ -1,0 +1,90 @@
+package client
+
+import (
+	"context"
+	"time"
+
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	v1 "github.com/diurnalog/diurna/rpc/v1"
+)
+
+// Server is one node of the cluster. Zero values mean unknown.
+type Server struct {
+	ID, Name string
+	// Address is where the node serves, as host:port.
+	Address string
+	// Voter says that the node takes part in elections and quorums.
+	Voter  bool
+	Leader bool
+	// Term is the Raft term the answering node is in.
+	Term uint64
+	// LastContact is since the leader last heard from the node; negative where
+	// unknown and on the leader itself.
+	LastContact time.Duration
+	// AppliedIndex is the last Raft index the node has applied.
+	AppliedIndex uint64
+	// FirstOffset and HighWatermark bound what can be read of the default
+	// log: from the first, up to and not including the second. Known only of
+	// the answering node.
+	FirstOffset, HighWatermark uint64
+	Version                    string
+}
+
+// ServerList is the answering node's view of the cluster.
+type ServerList struct {
+	// AnsweredBy is the ID of the node that answered.
+	AnsweredBy string
+	Servers    []Server
+}
+
+// Self is the entry of the node that answered.
+func (l ServerList) Self() (Server, bool) {
+	return l.find(func(s Server) bool { return s.ID == l.AnsweredBy })
+}
+
+// Leader is the entry of the node that leads, if one is known.
+func (l ServerList) Leader() (Server, bool) {
+	return l.find(func(s Server) bool { return s.Leader })
+}
+
+func (l ServerList) find(match func(Server) bool) (Server, bool) {
+	for _, s := range l.Servers {
+		if match(s) {
+			return s, true
+		}
+	}
+	return Server{}, false
+}
+
+// Servers lists the nodes of the cluster as the answering node knows them.
+func (c *Client) Servers(ctx context.Context) (ServerList, error) {
+	resp, err := v1.NewLogClient(c.conn).GetServers(ctx, &v1.GetServersRequest{})
+	if err != nil {
+		return ServerList{}, c.wrap(err, false)
+	}
+	list := ServerList{AnsweredBy: resp.AnsweredBy, Servers: make([]Server, 0, len(resp.Servers))}
+	for _, s := range resp.Servers {
+		contact := time.Duration(-1)
+		if s.LastContact != nil {
+			contact = s.LastContact.AsDuration()
+		}
+		list.Servers = append(list.Servers, Server{
+			ID: s.Id, Name: s.Name, Address: s.Address,
+			Voter: s.Role == v1.Server_ROLE_VOTER, Leader: s.Leader,
+			Term: s.Term, LastContact: contact, AppliedIndex: s.AppliedIndex,
+			FirstOffset: s.FirstOffset, HighWatermark: s.HighWatermark, Version: s.Version,
+		})
+	}
+	return list, nil
+}
+
+// Health asks the node, through the standard gRPC health service, whether it
+// serves. The status is SERVING, NOT_SERVING or UNKNOWN.
+func (c *Client) Health(ctx context.Context) (serving bool, status string, err error) {
+	resp, err := healthpb.NewHealthClient(c.conn).Check(ctx, &healthpb.HealthCheckRequest{})
+	if err != nil {
+		return false, "", c.wrap(err, false)
+	}
+	return resp.Status == healthpb.HealthCheckResponse_SERVING, resp.Status.String(), nil
+}
