@@ -215,10 +215,16 @@ func TestPrint(t *testing.T) {
 	for _, w := range []string{
 		"a.hcl line 1:\n   1: log_level = \"loud\"\n",
 		"b.hcl line 2, in limits:\n   2:   max_record = \"64\"\n",
-		`Did you mean "max_batch"?`, "Missing data_dir",
+		"b.hcl line 3, in limits", `Did you mean "max_batch"?`, "Missing data_dir",
 	} {
 		if !strings.Contains(plain.String(), w) {
 			t.Errorf("the text lacks %q:\n%s", w, plain.String())
+		}
+	}
+	order := []string{"a.hcl line 1", "b.hcl line 2", "b.hcl line 3", "Missing data_dir"}
+	for i := 1; i < len(order); i++ {
+		if strings.Index(plain.String(), order[i-1]) > strings.Index(plain.String(), order[i]) {
+			t.Errorf("%s comes after %s", order[i-1], order[i])
 		}
 	}
 	if strings.Contains(plain.String(), "\x1b") {

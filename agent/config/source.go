@@ -97,9 +97,10 @@ func (s Sources) paths(h host) ([]string, hcl.Diagnostics) {
 }
 
 // isConfigName tells a file to read from the others in a directory: hidden
-// ones and what editors leave behind (.x.hcl.swp, #x.hcl#, x.hcl~, .#x.hcl).
+// ones and what editors leave behind (.x.hcl.swp, .#x.hcl, #x.hcl; x.hcl~ and
+// #x.hcl# have other endings).
 func isConfigName(name string) bool {
-	if strings.HasPrefix(name, ".") || strings.HasPrefix(name, "#") || strings.HasSuffix(name, "~") {
+	if strings.HasPrefix(name, ".") || strings.HasPrefix(name, "#") {
 		return false
 	}
 	ext := filepath.Ext(name)
