@@ -69,4 +69,27 @@ func (e *CorruptError) Error() string {
 // ShortBufferError: a read needs a buffer of Need bytes.
 type ShortBufferError struct{ Need int }
 
-func (e *ShortBufferError) Error() string { return fmt.Sprintf("the buffer must have %d bytes", e.Need) }
+func (e *ShortBufferError) Error() string {
+	return fmt.Sprintf("the buffer must have %d bytes", e.Need)
+}
+
+// ErrEmptyBatch: a produce request without records.
+var ErrEmptyBatch = errors.New("the batch has no records")
+
+// InvalidArgumentError: a request that cannot mean anything, whatever the log
+// holds.
+type InvalidArgumentError struct{ Field, Detail string }
+
+func (e *InvalidArgumentError) Error() string { return fmt.Sprintf("%s: %s", e.Field, e.Detail) }
+
+// LogNotFoundError: there is no log of this name.
+type LogNotFoundError struct{ Log string }
+
+func (e *LogNotFoundError) Error() string { return fmt.Sprintf("there is no log %q", e.Log) }
+
+// DeniedError: the caller may not do this.
+type DeniedError struct{ Subject, Object, Action string }
+
+func (e *DeniedError) Error() string {
+	return fmt.Sprintf("%q may not %s log %q", e.Subject, e.Action, e.Object)
+}

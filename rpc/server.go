@@ -1,0 +1,228 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/net/netutil"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+
+	v1 "github.com/diurnalog/diurna/rpc/v1"
+)
+
+// Action is what a caller wants to do with a log.
+type Action string
+
+// The actions that are asked permission for.
+const (
+	ActionProduce Action = "produce"
+	ActionConsume Action = "consume"
+)
+
+// Config says what a Service serves and how. Log and Cluster are required.
+type Config struct {
+	// Log is the log named DefaultLog.
+	Log Log
+	// Cluster answers GetServers.
+	Cluster Cluster
+	// Limits bound what clients can use; zero values mean defaults.
+	Limits Limits
+	// Authorize, if set, is asked before a call touches the named log: once
+	// for a read or a Produce, once per log name for a ProduceStream. A
+	// *DeniedError refuses; who the caller is stands in ctx, put there by the
+	// credentials or an interceptor in Options.
+	Authorize func(ctx context.Context, action Action, log string) error
+	// Options are further options for the gRPC server: credentials, statistics
+	// handlers, interceptors (which run inside of the Service's own). They
+	// must not replace the codec.
+	Options []grpc.ServerOption
+	// Logger defaults to none.
+	Logger hclog.Logger
+	// Version is this node's, for GetServers.
+	Version string
+}
+
+// Service is Diurna's gRPC server: New, then Serve for each listener, then
+// Shutdown. All methods are safe for concurrent use.
+type Service struct {
+	log       Log
+	cluster   Cluster
+	limits    Limits
+	authorize func(context.Context, Action, string) error
+	logger    hclog.Logger
+	version   string
+
+	grpc   *grpc.Server
+	health *health.Server
+	chunks chunkPool
+	conns  connTracker
+	calls  callCounter
+	// consumers is how many ConsumeStreams are open.
+	consumers atomic.Int64
+	// background counts goroutines that outlive the call that started them,
+	// if only by a moment.
+	background sync.WaitGroup
+
+	// stopping ends when Shutdown begins, drained when Diurna's own calls are
+	// over and only foreign streams, such as health watches, may be left.
+	stopping, drained context.Context
+	stop, drain       context.CancelFunc
+}
+
+var _ grpc.ServiceRegistrar = (*Service)(nil)
+
+// New prepares a Service. It starts nothing.
+func New(cfg Config) (*Service, error) {
+	if cfg.Log == nil || cfg.Cluster == nil {
+		return nil, errors.New("rpc needs a Log and a Cluster")
+	}
+	limits, err := cfg.Limits.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	codec, err := newCodec()
+	if err != nil {
+		return nil, err
+	}
+	s := &Service{
+		log:       cfg.Log,
+		cluster:   cfg.Cluster,
+		limits:    limits,
+		authorize: cfg.Authorize,
+		logger:    cfg.Logger,
+		version:   cfg.Version,
+		health:    health.NewServer(),
+		calls:     callCounter{limit: limits.OpenCalls, idle: make(chan struct{})},
+	}
+	if s.logger == nil {
+		s.logger = hclog.NewNullLogger()
+	}
+	s.stopping, s.stop = context.WithCancel(context.Background())
+	s.drained, s.drain = context.WithCancel(context.Background())
+
+	options := append([]grpc.ServerOption{
+		grpc.ForceServerCodecV2(codec),
+		grpc.ChainUnaryInterceptor(s.unary),
+		grpc.ChainStreamInterceptor(s.streaming),
+		grpc.MaxRecvMsgSize(limits.maxRequestBytes()),
+		grpc.MaxHeaderListSize(maxHeaderBytes),
+		grpc.MaxConcurrentStreams(uint32(limits.StreamsPerConnection)),
+		grpc.ConnectionTimeout(limits.HandshakeTimeout),
+		grpc.WriteBufferSize(connBufferBytes),
+		grpc.ReadBufferSize(connBufferBytes),
+		// Static, because what a stream that is not read may make us buffer
+		// is part of the limits; gRPC would let it grow to 16 MiB.
+		grpc.StaticStreamWindowSize(streamWindowBytes),
+		grpc.StaticConnWindowSize(connWindowBytes),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			MaxConnectionIdle: time.Hour,
+			Time:              30 * time.Second,
+			Timeout:           20 * time.Second,
+		}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{
+			MinTime:             10 * time.Second,
+			PermitWithoutStream: true,
+		}),
+	}, cfg.Options...)
+	s.grpc = grpc.NewServer(options...)
+	s.grpc.RegisterService(logServiceDesc(), s)
+	healthpb.RegisterHealthServer(s.grpc, s.health)
+	reflection.Register(s.grpc)
+	s.SetServing(true)
+	return s, nil
+}
+
+const (
+	maxHeaderBytes    = 64 << 10
+	connBufferBytes   = 128 << 10
+	streamWindowBytes = 1 << 20
+	connWindowBytes   = 8 << 20
+)
+
+// RegisterService adds a service to the port, before the first Serve.
+func (s *Service) RegisterService(desc *grpc.ServiceDesc, impl any) {
+	s.grpc.RegisterService(desc, impl)
+}
+
+// SetServing sets what the health service answers, for the server as a whole
+// and for the Log service. It is true from New on, and false for good once
+// Shutdown has begun.
+func (s *Service) SetServing(serving bool) {
+	status := healthpb.HealthCheckResponse_NOT_SERVING
+	if serving {
+		status = healthpb.HealthCheckResponse_SERVING
+	}
+	s.health.SetServingStatus("", status)
+	s.health.SetServingStatus(v1.Log_ServiceDesc.ServiceName, status)
+}
+
+// Serve accepts connections from l until Shutdown, then returns nil, or until
+// l fails. It closes l.
+func (s *Service) Serve(l net.Listener) error {
+	l = &trackingListener{
+		Listener: netutil.LimitListener(l, s.limits.Connections),
+		tracker:  &s.conns,
+	}
+	if err := s.grpc.Serve(l); err != nil {
+		return fmt.Errorf("serve gRPC on %s: %w", l.Addr(), err)
+	}
+	return nil
+}
+
+// hardStopWait is how long calls may take to notice that their context has
+// ended.
+const hardStopWait = 5 * time.Second
+
+// Shutdown stops the server without losing an answer. The health service says
+// NOT_SERVING, clients are told to go elsewhere; reads end with UNAVAILABLE
+// and the offset to go on at; produce streams take nothing more, finish what
+// is under way, acknowledge it, and end with UNAVAILABLE. When ctx ends first,
+// whatever is left is cut off and ctx's error returned.
+func (s *Service) Shutdown(ctx context.Context) error {
+	s.health.Shutdown()
+	s.stop()
+
+	graceful := make(chan struct{})
+	go func() {
+		defer close(graceful)
+		s.grpc.GracefulStop()
+	}()
+	// GracefulStop waits for every handshake that is under way before it so
+	// much as tells the others; a silent connection would delay them all.
+	s.conns.closeUnready()
+
+	select {
+	case <-s.calls.close():
+	case <-ctx.Done():
+	}
+	s.drain()
+
+	select {
+	case <-graceful:
+		s.background.Wait()
+		return nil
+	case <-ctx.Done():
+	}
+	s.logger.Warn("calls were cut off by the shutdown's deadline", "calls", s.calls.count())
+	s.conns.closeAll()
+	s.grpc.Stop()
+	timer := time.NewTimer(hardStopWait)
+	defer timer.Stop()
+	select {
+	case <-graceful:
+		s.background.Wait()
+		return fmt.Errorf("shut down gRPC: %w", ctx.Err())
+	case <-timer.C:
+		return fmt.Errorf("shut down gRPC: %d calls ignore that they were cut off: %w", s.calls.count(), ctx.Err())
+	}
+}

@@ -1,0 +1,50 @@
+package rpc
+
+import (
+	"context"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	v1 "github.com/diurnalog/diurna/rpc/v1"
+)
+
+func (s *Service) getServers(ctx context.Context, _ *v1.GetServersRequest) (*v1.GetServersResponse, error) {
+	list, err := s.cluster.Servers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	resp := &v1.GetServersResponse{
+		AnsweredBy: list.Self,
+		Servers:    make([]*v1.Server, 0, len(list.Servers)),
+	}
+	for i := range list.Servers {
+		m := serverMessage(&list.Servers[i])
+		if m.Id == list.Self && m.Version == "" {
+			m.Version = s.version
+		}
+		resp.Servers = append(resp.Servers, m)
+	}
+	return resp, nil
+}
+
+func serverMessage(n *Server) *v1.Server {
+	m := &v1.Server{
+		Id:            n.ID,
+		Name:          n.Name,
+		Address:       n.Address,
+		Role:          v1.Server_ROLE_NONVOTER,
+		Leader:        n.Leader,
+		Term:          n.Term,
+		AppliedIndex:  n.AppliedIndex,
+		FirstOffset:   n.FirstOffset,
+		HighWatermark: n.HighWatermark,
+		Version:       n.Version,
+	}
+	if n.Voter {
+		m.Role = v1.Server_ROLE_VOTER
+	}
+	if n.LastContact >= 0 && !n.Leader {
+		m.LastContact = durationpb.New(n.LastContact)
+	}
+	return m
+}
