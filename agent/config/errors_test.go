@@ -16,7 +16,7 @@ func TestBadInput(t *testing.T) {
 		line string   // "" for problems that are in no file
 		want []string // all of these, somewhere in the message
 	}{
-		"unknown key":          {"log_levle = \"info\"", "1", []string{"Unsupported argument", `Did you mean "log_level"?`}},
+		"unknown key":          {"log_lvel = \"info\"", "1", []string{"Unsupported argument", `Did you mean "log_level"?`}},
 		"unknown key in block": {"raft {\n  hartbeat_timeout = \"1s\"\n}", "2", []string{`Did you mean "heartbeat_timeout"?`}},
 		"unknown block":        {"listenr {\n}", "1", []string{"Unsupported block type", `Did you mean "listener"?`}},
 		"block as argument":    {"limits = {}", "1", []string{`Did you mean to define a block of type "limits"?`}},
@@ -130,7 +130,7 @@ func TestBadInput(t *testing.T) {
 }
 
 func TestBadJSON(t *testing.T) {
-	dir := write(t, "a.json", "{\n \"log_levle\": \"info\",\n \"limits\": {\"max_record\": \"1\"},\n \"node\": {\"name\": \"${env(\\\"X\\\")}\"}\n}", "b.json", `{"log_level": `)
+	dir := write(t, "a.json", "{\n \"log_lvel\": \"info\",\n \"limits\": {\"max_record\": \"1\"},\n \"node\": {\"name\": \"${env(\\\"X\\\")}\"}\n}", "b.json", `{"log_level": `)
 	_, err := load(Sources{Dev: true, Dirs: []string{dir}}, testHost())
 	if err == nil {
 		t.Fatal("not refused")

@@ -1,0 +1,117 @@
+# Needs Go, git and network for modules; `make race` a C compiler besides.
+# Tools are built once, at the pinned versions, into .tools, which git ignores.
+
+GO        ?= go
+FUZZTIME  ?= 60s
+BENCHTIME ?= 1s
+BENCH     ?= .
+PKG       ?= ./...
+# `make run ARGS="-data-dir /tmp/x"`
+ARGS      ?=
+
+# How much `make soak` does; the tests read these and have smaller defaults.
+DIURNA_CRASH_POINTS ?= 20000
+DIURNA_FLIPS        ?= 50000
+DIURNA_KILLS        ?= 200
+
+GOLANGCI_LINT_VERSION      := v2.15.0
+BUF_VERSION                := v1.75.0
+PROTOC_GEN_GO_VERSION      := v1.36.12
+PROTOC_GEN_GO_GRPC_VERSION := v1.6.2
+
+VERSION  ?= $(shell git describe --tags --match 'v[0-9]*' --dirty 2>/dev/null || echo dev)
+REVISION ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)$(shell git diff --quiet HEAD 2>/dev/null || echo +dirty)
+LDFLAGS  := -s -w -X main.version=$(VERSION) -X main.revision=$(REVISION)
+
+TOOLS := $(CURDIR)/.tools
+BIN   := $(TOOLS)/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: build
+build: ## Build bin/diurna, one static binary
+	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' -o bin/diurna .
+
+.PHONY: run
+run: build ## Build, then run one development node (ARGS="-data-dir ...")
+	bin/diurna agent -dev $(ARGS)
+
+.PHONY: test
+test: vet proto-check ## Vet, check that generated code is fresh, run all tests
+	$(GO) test -timeout 15m $(PKG)
+
+.PHONY: race
+race: ## Run all tests with the race detector (needs a C compiler)
+	CGO_ENABLED=1 $(GO) test -race -timeout 30m $(PKG)
+
+.PHONY: soak
+soak: ## Run the same tests for hours: more crashes, bit flips and kills
+	DIURNA_SOAK=1 DIURNA_CRASH_POINTS=$(DIURNA_CRASH_POINTS) DIURNA_FLIPS=$(DIURNA_FLIPS) DIURNA_KILLS=$(DIURNA_KILLS) \
+		$(GO) test -count=1 -timeout 12h $(PKG)
+
+.PHONY: fuzz
+fuzz: ## Run every fuzz target for FUZZTIME (60s) each
+	@set -e; list=$$($(GO) list $(PKG)); \
+	for pkg in $$list; do \
+		targets=$$($(GO) test -list '^Fuzz' $$pkg); \
+		for target in $$(echo "$$targets" | grep '^Fuzz' || true); do \
+			echo "==> $$target in $$pkg"; \
+			$(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) $$pkg; \
+		done; \
+	done
+
+.PHONY: bench
+bench: ## Run the benchmarks (BENCH=regexp, BENCHTIME=1s)
+	$(GO) test -run '^$$' -bench '$(BENCH)' -benchmem -benchtime $(BENCHTIME) $(PKG)
+
+.PHONY: vet
+vet:
+	$(GO) vet $(PKG)
+
+.PHONY: lint
+lint: $(TOOLS)/golangci-lint-$(GOLANGCI_LINT_VERSION) $(TOOLS)/buf-$(BUF_VERSION) ## Lint the Go code and the proto
+	$(BIN)/golangci-lint run $(PKG)
+	cd rpc && $(BIN)/buf lint
+
+.PHONY: proto
+proto: proto-tools ## Regenerate the Go code of rpc/v1 from its proto
+	cd rpc && $(BIN)/buf lint && PATH="$(BIN):$$PATH" $(BIN)/buf generate
+
+# Generates in a copy, so that a check changes nothing.
+.PHONY: proto-check
+proto-check: proto-tools ## Fail if the generated code is not what its proto gives
+	@set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
+	mkdir "$$tmp/v1"; cp rpc/buf.yaml rpc/buf.gen.yaml "$$tmp"; cp rpc/v1/*.proto "$$tmp/v1"; \
+	(cd "$$tmp" && PATH="$(BIN):$$PATH" $(BIN)/buf generate); \
+	for f in $$(cd rpc && ls v1/*.pb.go; cd "$$tmp" && ls v1/*.pb.go); do \
+		diff -u "rpc/$$f" "$$tmp/$$f" || { echo "rpc/$$f is stale: run make proto" >&2; exit 1; }; \
+	done
+
+.PHONY: proto-tools
+proto-tools: $(TOOLS)/buf-$(BUF_VERSION) $(TOOLS)/protoc-gen-go-$(PROTOC_GEN_GO_VERSION) $(TOOLS)/protoc-gen-go-grpc-$(PROTOC_GEN_GO_GRPC_VERSION)
+
+# A tool's stamp names its version: a new pin builds the tool anew.
+$(TOOLS)/golangci-lint-$(GOLANGCI_LINT_VERSION):
+	$(call install,golangci-lint,github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION))
+$(TOOLS)/buf-$(BUF_VERSION):
+	$(call install,buf,github.com/bufbuild/buf/cmd/buf@$(BUF_VERSION))
+$(TOOLS)/protoc-gen-go-$(PROTOC_GEN_GO_VERSION):
+	$(call install,protoc-gen-go,google.golang.org/protobuf/cmd/protoc-gen-go@$(PROTOC_GEN_GO_VERSION))
+$(TOOLS)/protoc-gen-go-grpc-$(PROTOC_GEN_GO_GRPC_VERSION):
+	$(call install,protoc-gen-go-grpc,google.golang.org/grpc/cmd/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSION))
+
+define install
+@echo "==> building $(2)"
+@GOBIN=$(BIN) $(GO) install $(2)
+@rm -f $(TOOLS)/$(1)-v*
+@touch $@
+endef
+
+.PHONY: clean
+clean: ## Remove what was built, but not the tools
+	rm -rf bin coverage.out
