@@ -1,0 +1,90 @@
+package agent_test
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// TestReasonsAreDocumented: the reasons that docs/GUARANTEES.md explains are
+// those that the server can send.
+func TestReasonsAreDocumented(t *testing.T) {
+	files, err := filepath.Glob("../rpc/*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sent := make(map[string]bool)
+	for _, name := range files {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(file, func(n ast.Node) bool {
+			spec, ok := n.(*ast.ValueSpec)
+			if !ok || !strings.HasPrefix(spec.Names[0].Name, "Reason") || len(spec.Values) != 1 {
+				return true
+			}
+			if lit, ok := spec.Values[0].(*ast.BasicLit); ok {
+				reason, err := strconv.Unquote(lit.Value)
+				if err != nil {
+					t.Fatal(err)
+				}
+				sent[reason] = true
+			}
+			return true
+		})
+	}
+	// Named after gRPC's own codes, without a constant.
+	sent["DEADLINE_EXCEEDED"], sent["CANCELED"] = true, true
+	if len(sent) < 10 {
+		t.Fatalf("found only %v: are the constants elsewhere now?", sent)
+	}
+
+	text, err := os.ReadFile("../docs/GUARANTEES.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := make(map[string]bool)
+	for _, m := range regexp.MustCompile("(?m)^\\| `([A-Z_]+)` \\|").FindAllStringSubmatch(string(text), -1) {
+		told[m[1]] = true
+	}
+	for reason := range sent {
+		if !told[reason] {
+			t.Errorf("docs/GUARANTEES.md does not explain %s", reason)
+		}
+	}
+	for reason := range told {
+		if !sent[reason] {
+			t.Errorf("docs/GUARANTEES.md explains %s, which is never sent", reason)
+		}
+	}
+}
+
+// TestLinks: pages point only to files that are there.
+func TestLinks(t *testing.T) {
+	pages, err := filepath.Glob("../docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	link := regexp.MustCompile(`\]\(([^)#:]+)(#[^)]*)?\)`)
+	for _, page := range append(pages, "../README.md") {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range link.FindAllStringSubmatch(string(text), -1) {
+			if _, err := os.Stat(filepath.Join(filepath.Dir(page), m[1])); err != nil {
+				t.Errorf("%s: %v", page, err)
+			}
+		}
+	}
+}
