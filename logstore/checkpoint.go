@@ -1,0 +1,197 @@
+package logstore
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"path/filepath"
+
+	"github.com/diurnalog/diurna/logstore/vfs"
+)
+
+const (
+	checkpointName  = "checkpoint"
+	checkpointMagic = "DIURNCHK"
+	// Two slots, written in turn and far enough apart that a torn write cannot
+	// reach both.
+	checkpointSlots    = 2
+	checkpointDistance = 4096
+	checkpointSize     = 128
+	checkpointFile     = checkpointSlots * checkpointDistance
+)
+
+// checkpoint is what a log remembers outside of its segments: how far it is
+// known to be durable. Frames say so too, but only of those before them, so
+// that without it rot in the last group of an idle log would look like a torn
+// write. It also makes opening after a clean close a matter of one read.
+type checkpoint struct {
+	id    logID
+	seq   uint64 // grows by one with every write; the greater one counts
+	clean bool   // the log was closed; nothing was written since
+	// first is the index the log starts at. Segments below it are leftovers of
+	// a prefix deletion; a log that starts above it has lost a file.
+	first uint64
+	// segment is the first index of the active segment.
+	segment uint64
+	// What is durable. pos, crc, offset and the like are of that segment's end
+	// when index was its last entry.
+	tail tail
+}
+
+func (c *checkpoint) encode() []byte {
+	b := make([]byte, checkpointSize)
+	le := binary.LittleEndian
+	copy(b, checkpointMagic)
+	// b[8:12] is the checksum of the bytes behind it.
+	le.PutUint32(b[12:], formatVersion)
+	copy(b[16:], c.id[:])
+	le.PutUint64(b[32:], c.seq)
+	if c.clean {
+		b[40] = 1
+	}
+	le.PutUint64(b[48:], c.segment)
+	le.PutUint64(b[56:], c.tail.index)
+	le.PutUint64(b[64:], c.tail.term)
+	le.PutUint64(b[72:], c.tail.offset)
+	le.PutUint64(b[80:], uint64(c.tail.time))
+	le.PutUint64(b[88:], uint64(c.tail.pos))
+	le.PutUint32(b[96:], c.tail.crc)
+	le.PutUint64(b[104:], c.first)
+	// The rest is reserved and zero.
+	le.PutUint32(b[8:], crc32.Checksum(b[12:], castagnoli))
+	return b
+}
+
+func parseCheckpoint(file string, b []byte) (c checkpoint, err error) {
+	if len(b) < checkpointSize || string(b[:8]) != checkpointMagic {
+		return c, &CorruptError{file, 0, "this is not a checkpoint"}
+	}
+	le := binary.LittleEndian
+	if sum, got := le.Uint32(b[8:]), crc32.Checksum(b[12:checkpointSize], castagnoli); sum != got {
+		return c, &CorruptError{file, 8, fmt.Sprintf("the checksum is %08x, the bytes give %08x", sum, got)}
+	}
+	if v := le.Uint32(b[12:]); v != formatVersion {
+		return c, &VersionError{file, v, formatVersion}
+	}
+	copy(c.id[:], b[16:])
+	c.seq = le.Uint64(b[32:])
+	c.clean = b[40] == 1
+	c.segment = le.Uint64(b[48:])
+	c.first = le.Uint64(b[104:])
+	c.tail = tail{
+		index:  le.Uint64(b[56:]),
+		term:   le.Uint64(b[64:]),
+		offset: le.Uint64(b[72:]),
+		time:   int64(le.Uint64(b[80:])),
+		pos:    int64(le.Uint64(b[88:])),
+		crc:    le.Uint32(b[96:]),
+	}
+	c.tail.synced = c.tail.index
+	return c, nil
+}
+
+// checkpointWriter owns the checkpoint file of an open log. It belongs to one
+// goroutine at a time.
+type checkpointWriter struct {
+	f    vfs.File
+	last checkpoint
+}
+
+// createCheckpoint makes the file, complete and durable or not at all.
+func createCheckpoint(fs vfs.FS, dir string, c checkpoint) error {
+	name := filepath.Join(dir, checkpointName)
+	content := make([]byte, checkpointFile)
+	copy(content, c.encode())
+	return writeFileAtomically(fs, name, content)
+}
+
+// readCheckpoint returns the newer of the two slots. One damaged slot is what a
+// crash in the middle of a write leaves; two are damage.
+func readCheckpoint(fs vfs.FS, dir string) (c checkpoint, err error) {
+	name := filepath.Join(dir, checkpointName)
+	f, err := fs.Open(name)
+	if err != nil {
+		return c, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	b := make([]byte, checkpointFile)
+	n, err := f.ReadAt(b, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return c, err
+	}
+	if n != len(b) {
+		return c, &CorruptError{name, int64(n), fmt.Sprintf("the file has %d bytes, not %d", n, len(b))}
+	}
+	var found bool
+	var damage error
+	for i := range checkpointSlots {
+		slot, err := parseCheckpoint(name, b[i*checkpointDistance:])
+		var version *VersionError
+		switch {
+		case errors.As(err, &version):
+			return c, err
+		case err != nil:
+			damage = err
+		case !found || slot.seq > c.seq:
+			c, found = slot, true
+		}
+	}
+	if !found {
+		return c, damage
+	}
+	return c, nil
+}
+
+// write makes c durable in the slot that does not hold the newest one.
+func (w *checkpointWriter) write(c checkpoint) error {
+	c.seq = w.last.seq + 1
+	slot := int64(c.seq % checkpointSlots)
+	if _, err := w.f.WriteAt(c.encode(), slot*checkpointDistance); err != nil {
+		return err
+	}
+	if err := w.f.Sync(); err != nil {
+		return err
+	}
+	w.last = c
+	return nil
+}
+
+// writeFileAtomically makes a file that is there with all of its content or
+// not at all, replacing one of the same name.
+func writeFileAtomically(fs vfs.FS, name string, content []byte) (err error) {
+	if err := writeTemp(fs, name+tempSuffix, content); err != nil {
+		return err
+	}
+	if err := fs.Rename(name+tempSuffix, name); err != nil {
+		return err
+	}
+	return fs.SyncDir(filepath.Dir(name))
+}
+
+// writeTemp writes and syncs a file that is of no use after a crash, over one
+// that an earlier crash left.
+func writeTemp(fs vfs.FS, name string, content []byte) (err error) {
+	f, err := createTemp(fs, name)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if _, err := f.WriteAt(content, 0); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+func createTemp(fs vfs.FS, name string) (vfs.File, error) {
+	if err := removeIfThere(fs, name); err != nil {
+		return nil, err
+	}
+	return fs.Create(name)
+}
+
+func allZero(b []byte) bool {
+	return len(b) == 0 || b[0] == 0 && bytes.Equal(b[1:], b[:len(b)-1])
+}

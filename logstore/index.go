@@ -1,0 +1,142 @@
+package logstore
+
+import (
+	"encoding/binary"
+	"fmt"
+	"hash/crc32"
+	"sort"
+)
+
+const (
+	indexMagic      = "DIURNIDX"
+	indexHeaderSize = 64
+	indexEntrySize  = 16
+
+	// maxSegmentRecords keeps relative offsets in 32 bits.
+	maxSegmentRecords = 1<<32 - 1
+)
+
+// indexEntry finds one frame of a segment. There is one per frame, in order,
+// so that the entry of Raft index i is number i - firstIndex.
+type indexEntry struct {
+	pos    uint32 // of the frame, from the start of the segment file
+	offset uint32 // base offset, relative to the segment's first offset
+	time   uint64 // append time, relative to the segment's prevTime
+}
+
+// frameIndex looks frames up. It is either a slice in memory (the active segment,
+// and sealed ones until their file is written) or a mapped file's entries.
+type frameIndex struct {
+	mem    []indexEntry
+	mapped []byte // entries only
+	end    int64  // where the last frame ends
+}
+
+func (x *frameIndex) len() int {
+	if x.mapped != nil {
+		return len(x.mapped) / indexEntrySize
+	}
+	return len(x.mem)
+}
+
+func (x *frameIndex) at(i int) indexEntry {
+	if x.mapped != nil {
+		return parseIndexEntry(x.mapped[i*indexEntrySize:])
+	}
+	return x.mem[i]
+}
+
+// span returns where frame i stands.
+func (x *frameIndex) span(i int) (from, to int64) {
+	from = int64(x.at(i).pos)
+	if i+1 < x.len() {
+		return from, int64(x.at(i + 1).pos)
+	}
+	return from, x.end
+}
+
+// byOffset returns the last frame whose base offset is rel or lower; -1 if
+// there is none. Frames without records share their base offset with the frame
+// with records behind them, so the frame found is the one that holds rel
+// whenever a frame of the segment does.
+func (x *frameIndex) byOffset(rel uint32) int {
+	return sort.Search(x.len(), func(i int) bool { return x.at(i).offset > rel }) - 1
+}
+
+// byTime returns the first frame with that append time or a later one; len if
+// there is none.
+func (x *frameIndex) byTime(rel uint64) int {
+	return sort.Search(x.len(), func(i int) bool { return x.at(i).time >= rel })
+}
+
+func parseIndexEntry(b []byte) indexEntry {
+	le := binary.LittleEndian
+	return indexEntry{pos: le.Uint32(b), offset: le.Uint32(b[4:]), time: le.Uint64(b[8:])}
+}
+
+// encodeIndex makes the content of an .idx file. lastCRC, the checksum of the
+// segment's last frame, binds it to exactly this chain of frames.
+func encodeIndex(s *segmentHeader, lastCRC uint32, x *frameIndex) []byte {
+	b := make([]byte, indexHeaderSize, indexHeaderSize+x.len()*indexEntrySize)
+	le := binary.LittleEndian
+	copy(b, indexMagic)
+	// b[8:12] is the checksum of the bytes behind it.
+	le.PutUint32(b[12:], formatVersion)
+	copy(b[16:], s.id[:])
+	le.PutUint64(b[32:], s.firstIndex)
+	le.PutUint64(b[40:], uint64(x.len()))
+	le.PutUint64(b[48:], uint64(x.end))
+	le.PutUint32(b[56:], lastCRC)
+	// b[60:64] is reserved and zero.
+	for i := range x.len() {
+		e := x.at(i)
+		b = le.AppendUint32(b, e.pos)
+		b = le.AppendUint32(b, e.offset)
+		b = le.AppendUint64(b, e.time)
+	}
+	le.PutUint32(b[8:], crc32.Checksum(b[12:], castagnoli))
+	return b
+}
+
+// parseIndex checks an .idx file's content against the segment it must
+// describe and returns an index over b, which it keeps. Any error means that
+// the index has to be rebuilt from the segment.
+func parseIndex(b []byte, s *segmentHeader, count int, lastCRC uint32) (*frameIndex, error) {
+	if len(b) < indexHeaderSize || string(b[:8]) != indexMagic {
+		return nil, fmt.Errorf("not an index file")
+	}
+	le := binary.LittleEndian
+	if sum, got := le.Uint32(b[8:]), crc32.Checksum(b[12:], castagnoli); sum != got {
+		return nil, fmt.Errorf("checksum is %08x, the bytes give %08x", sum, got)
+	}
+	if v := le.Uint32(b[12:]); v != formatVersion {
+		return nil, fmt.Errorf("format version is %d", v)
+	}
+	entries := b[indexHeaderSize:]
+	switch {
+	case logID(b[16:32]) != s.id:
+		return nil, fmt.Errorf("it belongs to another log")
+	case le.Uint64(b[32:]) != s.firstIndex:
+		return nil, fmt.Errorf("it belongs to another segment")
+	case le.Uint64(b[40:]) != uint64(count), len(entries) != count*indexEntrySize:
+		return nil, fmt.Errorf("it has %d entries, the segment %d", len(entries)/indexEntrySize, count)
+	case le.Uint32(b[56:]) != lastCRC:
+		return nil, fmt.Errorf("it describes other frames")
+	}
+	x := &frameIndex{mapped: entries, end: int64(le.Uint64(b[48:]))}
+	if count == 0 {
+		x.mapped = nil
+	}
+	return x, nil
+}
+
+// indexCloses tells from an index file's header alone whether the file was
+// written for the whole of a sealed segment.
+func indexCloses(header []byte, s *segment) bool {
+	le := binary.LittleEndian
+	return string(header[:8]) == indexMagic &&
+		logID(header[16:32]) == s.id &&
+		le.Uint64(header[32:]) == s.firstIndex &&
+		le.Uint64(header[40:]) == uint64(s.count()) &&
+		le.Uint32(header[56:]) == s.lastCRC
+}

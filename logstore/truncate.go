@@ -1,0 +1,175 @@
+package logstore
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+)
+
+// TruncateSuffix deletes the entries from index on, durably, so that the next
+// append continues from there. Raft asks for it when entries that were never
+// committed conflict with the leader's. An index behind the last entry is no
+// error and does nothing; one before the first is ErrRejected.
+//
+// A crash on the way leaves a log that ends somewhere between the old and the
+// new end.
+func (l *Log) TruncateSuffix(from uint64) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.writable(); err != nil {
+		return err
+	}
+	st := l.state.Load()
+	if from > st.tail.index {
+		return nil
+	}
+	if from < st.segs[0].firstIndex {
+		return fmt.Errorf("%w: cannot cut from index %d, the log starts at %d", ErrRejected, from, st.segs[0].firstIndex)
+	}
+	l.keeper.mu.Lock()
+	defer l.keeper.mu.Unlock()
+
+	k := st.segmentOf(from)
+	cut := st.segs[k]
+	var t tail
+	var kept []indexEntry
+	if err := l.withIndex(st, k, func(o *openSegment, x *frameIndex) (err error) {
+		t, kept, err = endBefore(o, x, cut, from)
+		return err
+	}); err != nil {
+		return err // nothing was changed
+	}
+
+	file, err := l.fs.OpenReadWrite(cut.file)
+	if err != nil {
+		return err
+	}
+	dropped := slices.Clone(st.segs[k+1:])
+	// A segment that is to be written again is a new one to readers: those that
+	// hold the old one see what it was, or retry.
+	again := newSegment(l.dir, cut.segmentHeader)
+	segs := append(st.segs[:k:k], again)
+	l.handles.pin(again, file)
+	next := &state{segs: segs, active: frameIndex{mem: kept, end: t.pos}, tail: t, cuts: st.cuts + 1}
+	l.state.Store(next)
+	l.active = file
+	l.keeper.forget(func(s *segment) bool { return s.last >= from })
+
+	if err := l.cutFiles(next, cut, dropped); err != nil {
+		return l.fail(fmt.Errorf("truncate at index %d: %w", from, err))
+	}
+	return nil
+}
+
+// cutFiles brings the files to where next says the log ends. Called with the
+// keeper's mu held.
+func (l *Log) cutFiles(next *state, cut *segment, dropped []*segment) error {
+	// First, or a crash behind one of the next steps would look like damage.
+	if err := l.keeper.record(next, false); err != nil {
+		return err
+	}
+	// Newest first and one by one, so that a crash leaves no hole.
+	for _, s := range slices.Backward(dropped) {
+		if err := removeIfThere(l.fs, s.file); err != nil {
+			return err
+		}
+		if err := l.fs.SyncDir(l.dir); err != nil {
+			return err
+		}
+		if err := removeIfThere(l.fs, s.idx); err != nil {
+			return err
+		}
+		l.handles.doom(s)
+	}
+	if err := removeIfThere(l.fs, cut.idx); err != nil {
+		return err
+	}
+	if err := l.active.Truncate(next.tail.pos); err != nil {
+		return err
+	}
+	// Before anything is written behind the cut: zeros must be what a crash
+	// leaves there, not frames of the history that was cut off.
+	if err := l.active.Sync(); err != nil {
+		return err
+	}
+	if err := l.active.Preallocate(l.opts.SegmentSize); err != nil {
+		return err
+	}
+	l.handles.doom(cut)
+	return nil
+}
+
+// endBefore returns the end of a segment as it was before the entry at index
+// from was appended.
+func endBefore(o *openSegment, x *frameIndex, s *segment, from uint64) (tail, []indexEntry, error) {
+	n := int(from - s.firstIndex)
+	if err := x.covers(n, o); err != nil {
+		return tail{}, nil, err
+	}
+	t := s.start()
+	if n == 0 {
+		t.synced = t.index
+		return t, nil, nil
+	}
+	kept := make([]indexEntry, n)
+	for i := range kept {
+		kept[i] = x.at(i)
+	}
+	at, to := x.span(n - 1)
+	frame := make([]byte, to-at)
+	if err := readAt(o, s, frame, at); err != nil {
+		return t, nil, err
+	}
+	h, err := checkFrame(s, frame, at, from-1, kept[n-1])
+	if err != nil {
+		return t, nil, err
+	}
+	return tail{
+		index:  h.index,
+		term:   h.term,
+		crc:    h.crc,
+		offset: h.base + uint64(h.count),
+		time:   h.time,
+		synced: h.index,
+		pos:    to,
+	}, kept, nil
+}
+
+// DeletePrefix deletes whole segments all of whose entries are below index,
+// and returns the log's first index afterwards. The active segment always
+// stays. Readers of a deleted segment finish what they have begun.
+func (l *Log) DeletePrefix(below uint64) (first uint64, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	st := l.state.Load()
+	if err := l.writable(); err != nil {
+		return st.segs[0].firstIndex, err
+	}
+	n := 0
+	for n < len(st.segs)-1 && st.segs[n].last < below {
+		n++
+	}
+	if n == 0 {
+		return st.segs[0].firstIndex, nil
+	}
+	l.keeper.mu.Lock()
+	defer l.keeper.mu.Unlock()
+	dropped := st.segs[:n]
+	next := &state{segs: slices.Clone(st.segs[n:]), active: st.active, tail: st.tail, cuts: st.cuts + 1}
+	first = next.segs[0].firstIndex
+	l.state.Store(next)
+	l.keeper.forget(func(s *segment) bool { return s.firstIndex < first })
+
+	// The new start first: from then on, files below it are leftovers, whatever
+	// a crash makes of their removal.
+	if err := l.keeper.record(next, false); err != nil {
+		return first, l.fail(fmt.Errorf("delete below index %d: %w", below, err))
+	}
+	for _, s := range dropped {
+		l.handles.doom(s)
+		if err := errors.Join(removeIfThere(l.fs, s.file), removeIfThere(l.fs, s.idx)); err != nil {
+			return first, l.fail(fmt.Errorf("delete below index %d: %w", below, err))
+		}
+	}
+	return first, nil
+}
