@@ -84,7 +84,7 @@ func (r *chunkReader) assemble(buf *[]byte, batches []Batch, at span, most int) 
 	// Known only after the read: then no record is above it.
 	highWatermark := max(r.log.Bounds().HighWatermark, c.next)
 
-	r.pieces = layout(*buf, batches, c.next, highWatermark, r.pieces[:0])
+	r.pieces = layout(*buf, batches, c.next, highWatermark, compactBytes, r.pieces[:0])
 	whole := mem.NewBuffer(buf, r.pool)
 	data := make(mem.BufferSlice, len(r.pieces))
 	for i, p := range r.pieces {
@@ -142,14 +142,14 @@ func trim(buf []byte, batches []Batch, at span, most int) ([]Batch, chunk, error
 
 // layout completes every batch with its header and returns the pieces of buf
 // that, one after the other, are the response. Batches do not touch each other
-// in the buffer; small ones are moved together, so that a response of many is
-// a few pieces and not many.
-func layout(buf []byte, batches []Batch, next, highWatermark uint64, pieces []piece) []piece {
+// in the buffer; those of up to compact bytes are moved to the ones before, so
+// that a response of many small batches is not many pieces.
+func layout(buf []byte, batches []Batch, next, highWatermark uint64, compact int, pieces []piece) []piece {
 	for i, b := range batches {
 		start := putBatchHeader(buf, b.Start, b.End, b.BaseOffset, b.AppendTime)
 		if i == 0 {
 			start = putResponseHeader(buf, start, next, highWatermark)
-		} else if b.End-start <= compactBytes {
+		} else if b.End-start <= compact {
 			last := &pieces[len(pieces)-1]
 			last.end += copy(buf[last.end:], buf[start:b.End])
 			continue
