@@ -197,7 +197,7 @@ func TestUnreachable(t *testing.T) {
 			t.Errorf("%s: %#v", name, err)
 			continue
 		}
-		if want := addr + ": connection refused"; e.Message != want {
+		if want := "cannot reach a node at " + addr + ": connection refused"; e.Message != want {
 			t.Errorf("%s: message %q, want %q", name, e.Message, want)
 		}
 		var op *net.OpError

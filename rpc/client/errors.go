@@ -130,13 +130,14 @@ func (c *Client) wrap(err error, sent bool) *Error {
 	e.Definite = !sent || e.Code == codes.Unimplemented
 	switch e.Code {
 	case codes.Unavailable:
-		e.Reason = ReasonConnectionLost
-		if !sent {
-			e.Reason = ReasonUnreachable
-		}
+		why := e.Message
 		if dialErr := c.dialErr.Load(); dialErr != nil {
-			e.cause = *dialErr
-			e.Message = fmt.Sprintf("%s: %s", c.addr, rootCause(*dialErr))
+			e.cause, why = *dialErr, rootCause(*dialErr)
+		}
+		if sent {
+			e.Reason, e.Message = ReasonConnectionLost, fmt.Sprintf("lost the connection to %s: %s", c.addr, why)
+		} else {
+			e.Reason, e.Message = ReasonUnreachable, fmt.Sprintf("cannot reach a node at %s: %s", c.addr, why)
 		}
 	case codes.DeadlineExceeded:
 		e.Reason, e.cause = ReasonTimeout, context.DeadlineExceeded

@@ -243,8 +243,16 @@ func (p *Producer) Close(ctx context.Context) (Outcome, error) {
 	return p.outcome, p.err
 }
 
-// Failed is closed when the producer has failed; Close then tells how.
+// Failed is closed when the producer has failed; Err then tells why.
 func (p *Producer) Failed() <-chan struct{} { return p.failed }
+
+// Err is the error that ended the producer; nil while it has not failed. Unlike
+// that of Close it is told even if every record was acknowledged before.
+func (p *Producer) Err() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.err
+}
 
 // Outcome returns the counts as they are now.
 func (p *Producer) Outcome() Outcome {

@@ -1,0 +1,70 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"syscall"
+
+	"github.com/diurnalog/diurna/rpc/client"
+)
+
+// failed tells about an error and returns the exit code for it.
+func (m *Meta) failed(err error) int {
+	m.errorf("%s", explain(err))
+	var e *client.Error
+	if errors.As(err, &e) {
+		return ExitServer
+	}
+	return ExitUsage
+}
+
+// usage tells that verb was called wrongly.
+func (m *Meta) usage(verb string, err error) int {
+	text := err.Error()
+	if !strings.HasSuffix(text, "?") {
+		text += "."
+	}
+	m.errorf("%s Run `diurna %s -help` for what there is.", text, verb)
+	return ExitUsage
+}
+
+// explain says what is the case and what to do next.
+func explain(err error) string {
+	var e *client.Error
+	if !errors.As(err, &e) {
+		return err.Error()
+	}
+	advice := e.Advice
+	switch e.Reason {
+	case client.ReasonUnreachable:
+		advice = "Is one running? Start one with `diurna agent -dev`, or name another with -addr or DIURNA_ADDR."
+	case client.ReasonConnectionLost:
+		advice = "Is the node still up? `diurna status` tells."
+	case client.ReasonOffsetOutOfRange:
+		first, ok1 := e.Uint("first")
+		next, ok2 := e.Uint("next")
+		if ok1 && ok2 {
+			advice = fmt.Sprintf("The log holds offsets %d up to, not including, %d: try -from %d, -from earliest or -from latest.", first, next, first)
+		}
+	case client.ReasonTimeout:
+		advice = fmt.Sprintf("`diurna status -addr %s` tells whether the cluster has a leader.", e.Addr)
+	}
+	text := e.Message
+	if e.Reason != "" && e.Reason != client.ReasonUnreachable && e.Reason != client.ReasonConnectionLost {
+		text += " (" + e.Reason + ")"
+	}
+	if advice == "" {
+		return text
+	}
+	if !strings.HasSuffix(text, ".") {
+		text += "."
+	}
+	return text + " " + advice
+}
+
+// isClosedPipe reports whether a write failed because nobody reads any more.
+func isClosedPipe(err error) bool {
+	return errors.Is(err, syscall.EPIPE) || errors.Is(err, io.ErrClosedPipe)
+}
