@@ -34,6 +34,9 @@ type checkpoint struct {
 	// first is the index the log starts at. Segments below it are leftovers of
 	// a prefix deletion; a log that starts above it has lost a file.
 	first uint64
+	// cut: a suffix truncation down to tail was begun and may not be complete;
+	// whatever stands behind tail is to be removed.
+	cut bool
 	// segment is the first index of the active segment.
 	segment uint64
 	// What is durable. pos, crc, offset and the like are of that segment's end
@@ -51,6 +54,9 @@ func (c *checkpoint) encode() []byte {
 	le.PutUint64(b[32:], c.seq)
 	if c.clean {
 		b[40] = 1
+	}
+	if c.cut {
+		b[41] = 1
 	}
 	le.PutUint64(b[48:], c.segment)
 	le.PutUint64(b[56:], c.tail.index)
@@ -79,6 +85,7 @@ func parseCheckpoint(file string, b []byte) (c checkpoint, err error) {
 	copy(c.id[:], b[16:])
 	c.seq = le.Uint64(b[32:])
 	c.clean = b[40] == 1
+	c.cut = b[41] == 1
 	c.segment = le.Uint64(b[48:])
 	c.first = le.Uint64(b[104:])
 	c.tail = tail{

@@ -197,17 +197,28 @@ func (k *keeper) recordDurable(clean bool) error {
 	return k.record(k.l.state.Load(), clean)
 }
 
-// record writes a checkpoint of st. Called with mu held.
+// record writes a checkpoint of st if that is news. Called with mu held.
 func (k *keeper) record(st *state, clean bool) error {
-	c := checkpoint{id: k.l.id, clean: clean, first: st.segs[0].firstIndex, segment: st.last().firstIndex, tail: st.tail}
-	last := k.checkpoint.last
-	if c.clean == last.clean && c.first == last.first && c.segment == last.segment && c.tail.index == last.tail.index && c.tail.crc == last.tail.crc {
+	c := st.checkpoint(k.l.id)
+	c.clean = clean
+	return k.write(c)
+}
+
+func (k *keeper) write(c checkpoint) error {
+	c.seq = k.checkpoint.last.seq
+	if c == k.checkpoint.last {
 		return nil
 	}
 	if err := k.checkpoint.write(c); err != nil {
 		return fmt.Errorf("checkpoint %s: %w", filepath.Join(k.l.dir, checkpointName), err)
 	}
 	return nil
+}
+
+func (st *state) checkpoint(id logID) checkpoint {
+	t := st.tail
+	t.synced = t.index // all of a state is durable
+	return checkpoint{id: id, first: st.segs[0].firstIndex, segment: st.last().firstIndex, tail: t}
 }
 
 // finish completes the work after stop, ending with the mark of a clean close.

@@ -47,7 +47,7 @@ type opening struct {
 	unknown    []string // neither ours nor temporary
 	temporary  []string
 	indexes    []string
-	dropped    []*segment // left over from a prefix deletion
+	dropped    []*segment // left over from a deletion, in the order to remove
 
 	active   vfs.File
 	index    frameIndex
@@ -187,7 +187,11 @@ func (o *opening) readHeaders() error {
 			o.segs[i-1].seal(&next)
 		}
 	}
-	// A prefix deletion records the new start first; a crash may leave files.
+	// A deletion records what is to remain first; a crash may leave files.
+	for n := len(o.segs) - 1; c.cut && o.segs[n].firstIndex > c.segment; n-- {
+		o.dropped = append(o.dropped, o.segs[n])
+		o.segs = o.segs[:n]
+	}
 	for len(o.segs) > 1 && o.segs[1].firstIndex <= c.first {
 		o.dropped = append(o.dropped, o.segs[0])
 		o.segs = o.segs[1:]
@@ -321,6 +325,9 @@ func withSynced(t tail, synced uint64) tail {
 //   - no whole frame behind it does. Frames of one unsynced write can survive a
 //     crash behind a hole, but they carry the mark of the sync before them; a
 //     mark at or above the hole proves that the hole was once durable.
+//
+// Of a log whose suffix was being truncated only what the checkpoint names is
+// kept.
 func (o *opening) scanTail(s *segment) error {
 	sc, err := newScanner(o.active, s)
 	if err != nil {
@@ -332,6 +339,11 @@ func (o *opening) scanTail(s *segment) error {
 	for {
 		if c.segment == s.firstIndex && sc.tail.index == c.tail.index && sc.tail.crc != c.tail.crc {
 			return s.corrupt(sc.tail.pos, "the frame before has checksum %08x, the checkpoint knows it as %08x", sc.tail.crc, c.tail.crc)
+		}
+		if c.cut && sc.tail.index == c.tail.index {
+			o.recovery = Recovery{Torn: s.file, Position: sc.tail.pos, Bytes: sc.size - sc.tail.pos}
+			o.tail, o.index, o.durable = sc.tail, frameIndex{mem: mem, end: sc.tail.pos}, sc.tail.index
+			return nil
 		}
 		if err := sc.next(); errors.As(err, &bad) {
 			break
@@ -358,7 +370,9 @@ func (o *opening) scanTail(s *segment) error {
 // accept makes the disk what it was found to be, and durable.
 func (o *opening) accept() (*Log, error) {
 	for _, s := range o.dropped {
-		if err := errors.Join(removeIfThere(o.fs, s.file), removeIfThere(o.fs, s.idx)); err != nil {
+		// One by one, newest first behind a truncation, so that another crash
+		// leaves no hole.
+		if err := errors.Join(removeIfThere(o.fs, s.file), o.fs.SyncDir(o.dir), removeIfThere(o.fs, s.idx)); err != nil {
 			return nil, err
 		}
 	}

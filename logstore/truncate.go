@@ -11,8 +11,7 @@ import (
 // committed conflict with the leader's. An index behind the last entry is no
 // error and does nothing; one before the first is ErrRejected.
 //
-// A crash on the way leaves a log that ends somewhere between the old and the
-// new end.
+// A crash on the way leaves a log that ends at the old or at the new end.
 func (l *Log) TruncateSuffix(from uint64) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -65,7 +64,9 @@ func (l *Log) TruncateSuffix(from uint64) error {
 // keeper's mu held.
 func (l *Log) cutFiles(next *state, cut *segment, dropped []*segment) error {
 	// First, or a crash behind one of the next steps would look like damage.
-	if err := l.keeper.record(next, false); err != nil {
+	c := next.checkpoint(l.id)
+	c.cut = true
+	if err := l.keeper.write(c); err != nil {
 		return err
 	}
 	// Newest first and one by one, so that a crash leaves no hole.
@@ -96,7 +97,8 @@ func (l *Log) cutFiles(next *state, cut *segment, dropped []*segment) error {
 		return err
 	}
 	l.handles.doom(cut)
-	return nil
+	// Last, before anything is appended that must not be removed.
+	return l.keeper.record(next, false)
 }
 
 // endBefore returns the end of a segment as it was before the entry at index

@@ -7,7 +7,7 @@
 // after such a cut, with none, all or a random part of what was not synced:
 //
 //   - a file's unsynced bytes survive by sectors of 512 bytes, in any
-//     combination; a sector that held nothing durable may hold garbage;
+//     combination; those of a sector that was being written may be garbage;
 //   - its length is the synced one, the latest one, or one in between;
 //   - unsynced Create, Rename and Remove survive one by one, each whole.
 //
@@ -128,11 +128,11 @@ func (m *Mem) CrashClone(rng *rand.Rand, survive Survival) *Mem {
 		case "remove":
 			delete(names, op.old)
 		case "rename":
-			// The journal cannot move what it never made.
-			if n := names[op.old]; n != nil {
+			// It moves this very file, not whatever else has the old name.
+			if names[op.old] == op.node {
 				delete(names, op.old)
-				names[op.new] = n
 			}
+			names[op.new] = op.node
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(names)) {
@@ -174,22 +174,16 @@ func (n *node) crash(rng *rand.Rand, survive Survival) []byte {
 			if from < int64(len(n.data)) {
 				copy(out[from:to], n.data[from:])
 			}
-		case rng.IntN(8) == 0 && !n.heldDurable(from, to):
-			for i := from; i < to; i++ {
-				out[i] = byte(rng.Uint32())
+		case rng.IntN(8) == 0:
+			// A byte that was being changed may be anything.
+			for i := from; i < min(to, int64(len(n.data))); i++ {
+				if n.data[i] != out[i] {
+					out[i] = byte(rng.Uint32())
+				}
 			}
 		}
 	}
 	return out
-}
-
-func (n *node) heldDurable(from, to int64) bool {
-	for i := from; i < to && i < int64(len(n.synced)); i++ {
-		if n.synced[i] != 0 {
-			return true
-		}
-	}
-	return false
 }
 
 // Names returns all file names, sorted.
