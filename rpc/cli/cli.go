@@ -90,7 +90,8 @@ func (m *Meta) Run(args []string, more map[string]hcli.CommandFactory) int {
 	c := hcli.NewCLI("diurna", "diurna "+VersionString())
 	c.Args = args
 	c.Commands = commands
-	c.HelpFunc = help
+	// The library would list "debug" without a word, and not "debug segment".
+	c.HelpFunc = func(map[string]hcli.CommandFactory) string { return help(commands) }
 	c.HelpWriter, c.ErrorWriter = m.Stdout, m.Stderr
 
 	verb := c.Subcommand()

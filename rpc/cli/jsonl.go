@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf16"
 	"unicode/utf8"
 
 	"github.com/diurnalog/diurna/rpc/client"
@@ -40,11 +41,11 @@ func parseLine(line []byte, r *client.Record) error {
 	if !utf8.Valid(line) {
 		return errors.New("it is not valid UTF-8; put bytes into value_base64")
 	}
-	var in lineJSON
-	if err := decodeStrict(line, &in); err != nil {
+	if err := checkSurrogates(line); err != nil {
 		return err
 	}
-	if err := checkSurrogates(line, in.Key, in.Value); err != nil {
+	var in lineJSON
+	if err := decodeStrict(line, &in); err != nil {
 		return err
 	}
 	var err error
@@ -54,7 +55,7 @@ func parseLine(line []byte, r *client.Record) error {
 	if r.Value, err = oneOf("value", in.Value, in.ValueBase64); err != nil {
 		return err
 	}
-	r.Headers, err = parseHeaders(in.Headers, line)
+	r.Headers, err = parseHeaders(in.Headers)
 	return err
 }
 
@@ -81,14 +82,34 @@ func decodeStrict(b []byte, v any) error {
 
 // checkSurrogates refuses \ud800 and its like without their other half, which
 // encoding/json turns into U+FFFD, and says nothing.
-func checkSurrogates(line []byte, texts ...*string) error {
-	for _, t := range texts {
-		if t != nil && strings.ContainsRune(*t, utf8.RuneError) &&
-			!bytes.ContainsRune(line, utf8.RuneError) && !bytes.Contains(bytes.ToLower(line), []byte(`\ufffd`)) {
-			return errors.New("it has half of a surrogate pair, which is no character")
+func checkSurrogates(line []byte) error {
+	escape := func(b []byte) (rune, bool) { // of \uXXXX at the front of b
+		if len(b) < 6 || b[0] != '\\' || b[1] != 'u' {
+			return 0, false
+		}
+		n, err := strconv.ParseUint(string(b[2:6]), 16, 16)
+		return rune(n), err == nil
+	}
+	for {
+		i := bytes.IndexByte(line, '\\')
+		if i < 0 {
+			return nil
+		}
+		line = line[i:]
+		r, ok := escape(line)
+		switch {
+		case !ok:
+			line = line[min(2, len(line)):]
+		case !utf16.IsSurrogate(r):
+			line = line[6:]
+		default:
+			other, _ := escape(line[6:])
+			if utf16.DecodeRune(r, other) == utf8.RuneError {
+				return errors.New("it has half of a surrogate pair, which is no character")
+			}
+			line = line[12:]
 		}
 	}
-	return nil
 }
 
 func oneOf(name string, text, coded *string) ([]byte, error) {
@@ -109,12 +130,12 @@ func oneOf(name string, text, coded *string) ([]byte, error) {
 
 // parseHeaders takes a list of {name, value}, or for what is written by hand an
 // object of names and values.
-func parseHeaders(b json.RawMessage, line []byte) ([]*client.Header, error) {
+func parseHeaders(b json.RawMessage) ([]*client.Header, error) {
 	if len(b) == 0 || string(b) == "null" {
 		return nil, nil
 	}
 	if b[0] == '{' {
-		return parseHeaderObject(b, line)
+		return parseHeaderObject(b)
 	}
 	var list []headerJSON
 	if err := decodeStrict(b, &list); err != nil {
@@ -124,9 +145,6 @@ func parseHeaders(b json.RawMessage, line []byte) ([]*client.Header, error) {
 	for i, h := range list {
 		if h.Name == nil {
 			return nil, fmt.Errorf("headers: the one at position %d has no name", i)
-		}
-		if err := checkSurrogates(line, h.Name, h.Value); err != nil {
-			return nil, err
 		}
 		value, err := oneOf("value", h.Value, h.ValueBase64)
 		if err != nil {
@@ -138,7 +156,7 @@ func parseHeaders(b json.RawMessage, line []byte) ([]*client.Header, error) {
 }
 
 // parseHeaderObject keeps the order, and names that repeat.
-func parseHeaderObject(b, line []byte) ([]*client.Header, error) {
+func parseHeaderObject(b []byte) ([]*client.Header, error) {
 	d := json.NewDecoder(bytes.NewReader(b))
 	if _, err := d.Token(); err != nil {
 		return nil, fmt.Errorf("headers: %w", err)
@@ -157,9 +175,6 @@ func parseHeaderObject(b, line []byte) ([]*client.Header, error) {
 		v, ok2 := value.(string)
 		if !ok1 || !ok2 {
 			return nil, fmt.Errorf("headers: the value of %q is not a string", n)
-		}
-		if err := checkSurrogates(line, &n, &v); err != nil {
-			return nil, err
 		}
 		headers = append(headers, &client.Header{Name: n, Value: []byte(v)})
 	}
