@@ -21,7 +21,15 @@ import (
 	v1 "github.com/diurnalog/diurna/rpc/v1"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// runVerb, in the environment, makes the test binary the program itself.
+const runVerb = "DIURNA_TEST_RUN_VERB"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(runVerb) != "" {
+		os.Exit(Run(os.Args[1:], nil))
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // buffer may be written by one goroutine and read by another.
 type buffer struct {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -492,14 +493,22 @@ func (p *Producer) watch() {
 
 // batchPool recycles the buffers of sent batches. gRPC returns them when the
 // connection has written them.
-type batchPool struct{ pool sync.Pool }
+type batchPool struct {
+	pool sync.Pool
+	// The capacity of the last one returned: a new one starts with that, or a
+	// busy producer would spend its time growing buffers.
+	grown atomic.Int64
+}
 
 func (p *batchPool) Get(int) *[]byte {
 	if b, ok := p.pool.Get().(*[]byte); ok {
 		return b
 	}
-	b := make([]byte, 0, 4<<10)
+	b := make([]byte, 0, max(4<<10, p.grown.Load()))
 	return &b
 }
 
-func (p *batchPool) Put(b *[]byte) { p.pool.Put(b) }
+func (p *batchPool) Put(b *[]byte) {
+	p.grown.Store(int64(cap(*b)))
+	p.pool.Put(b)
+}
