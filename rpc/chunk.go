@@ -100,6 +100,9 @@ func (r *chunkReader) assemble(buf *[]byte, batches []Batch, at span, most int) 
 // they should is checked again here, because after this point nobody can tell.
 func trim(buf []byte, batches []Batch, at span, most int) ([]Batch, chunk, error) {
 	c := chunk{next: at.from}
+	if len(batches) == 0 {
+		return nil, c, fmt.Errorf("read at offset %d: got nothing", at.from)
+	}
 	size := 0
 	for i := range batches {
 		b := &batches[i]

@@ -43,10 +43,7 @@ func (s *Service) consume(ctx context.Context, raw *rawRequest) (*rawResponse, e
 	}
 	r := chunkReader{log: log, pool: &s.chunks}
 	for {
-		wait, err := s.atEnd(log, at)
-		if err != nil {
-			return nil, err
-		}
+		wait := at.from >= log.Bounds().HighWatermark
 		if wait && req.GetFollow() && at.from < at.until {
 			if err := log.WaitReadable(ctx, at.from); err != nil {
 				return nil, s.orShutdown(ctx, err, &at.from)
@@ -91,10 +88,7 @@ func (s *Service) consumeStream(raw *rawRequest, stream grpc.ServerStream) error
 		if ctx.Err() != nil {
 			return s.orShutdown(ctx, ctx.Err(), &at.from)
 		}
-		wait, err := s.atEnd(log, at)
-		if err != nil {
-			return err
-		}
+		wait := at.from >= log.Bounds().HighWatermark
 		done := at.from >= at.until || at.records == 0 || wait && !req.GetFollow()
 		if !sent && (wait || done) {
 			// Tells a reader that starts at the end where that is: only then
@@ -148,16 +142,6 @@ func (s *Service) consumeRequest(ctx context.Context, raw *rawRequest) (*v1.Cons
 		return nil, nil, err
 	}
 	return req, log, checkConsume(req)
-}
-
-// atEnd says whether there is nothing committed to read at the position, and
-// fails where there never will be.
-func (s *Service) atEnd(log Log, at span) (bool, error) {
-	b := log.Bounds()
-	if at.named && at.from < b.First {
-		return false, &OffsetOutOfRangeError{Offset: at.from, First: b.First, Next: b.HighWatermark}
-	}
-	return at.from >= b.HighWatermark, nil
 }
 
 // movedBy says whether err only means that retention has overtaken a start

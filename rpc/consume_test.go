@@ -374,26 +374,38 @@ func TestConsumeEarliestMoves(t *testing.T) {
 	wantStatus(t, err, codes.OutOfRange, ReasonOffsetOutOfRange)
 }
 
-// holes is a log that loses a batch: it must not go unnoticed.
-type holes struct{ *memLog }
-
-func (l holes) ReadBatches(from uint64, buf []byte, dst []Batch) ([]Batch, error) {
-	dst, err := l.memLog.ReadBatches(from, buf, dst)
-	if len(dst) > 2 {
-		dst = append(dst[:1], dst[2:]...)
+// What a log gives that is not what was asked for must not go unnoticed.
+func TestConsumeChecksTheLog(t *testing.T) {
+	for name, spoil := range map[string]func([]Batch) []Batch{
+		"hole":     func(b []Batch) []Batch { return append(b[:1], b[2:]...) },
+		"late":     func(b []Batch) []Batch { return b[1:] },
+		"repeated": func(b []Batch) []Batch { b[1] = b[0]; return b },
+		"overlap":  func(b []Batch) []Batch { b[1].BaseOffset--; b[1].Count++; return b },
+		"empty":    func(b []Batch) []Batch { b[1].Count = 0; return b },
+		"swapped":  func(b []Batch) []Batch { b[1], b[2] = b[2], b[1]; return b },
+		"nothing":  func(b []Batch) []Batch { return b[:0] },
+	} {
+		t.Run(name, func(t *testing.T) {
+			log := &spoiled{newMemLog(), spoil}
+			log.fill(t, rand.New(rand.NewPCG(7, 8)), 0, 100, 5, 100)
+			f := serve(t, Config{Log: log}, false)
+			_, err := f.client.Consume(testContext(t), &v1.ConsumeRequest{})
+			wantStatus(t, err, codes.Internal, ReasonInternal)
+			if n := f.svc.chunks.out.Load(); n != 0 {
+				t.Errorf("%d buffers lost", n)
+			}
+		})
 	}
-	return dst, err
 }
 
-func TestConsumeNoticesHoles(t *testing.T) {
-	log := holes{newMemLog()}
-	log.fill(t, rand.New(rand.NewPCG(7, 8)), 0, 100, 5, 100)
-	f := serve(t, Config{Log: log}, false)
-	_, err := f.client.Consume(testContext(t), &v1.ConsumeRequest{})
-	wantStatus(t, err, codes.Internal, ReasonInternal)
-	if n := f.svc.chunks.out.Load(); n != 0 {
-		t.Errorf("%d buffers lost", n)
-	}
+type spoiled struct {
+	*memLog
+	spoil func([]Batch) []Batch
+}
+
+func (l *spoiled) ReadBatches(from uint64, buf []byte, dst []Batch) ([]Batch, error) {
+	dst, err := l.memLog.ReadBatches(from, buf, dst)
+	return l.spoil(dst), err
 }
 
 // countOnRead notes how many buffers are out when one more is filled.

@@ -21,7 +21,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // testTimeout only ever ends a test that has failed anyway.
-const testTimeout = 60 * time.Second
+const testTimeout = 20 * time.Second
 
 func testContext(tb testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
@@ -122,6 +122,16 @@ func wantStatus(tb testing.TB, err error, code codes.Code, reason string) map[st
 		tb.Fatalf("got %v with message %v", err, text)
 	}
 	return info.GetMetadata()
+}
+
+// reasonOf is the reason of an error, empty where gRPC itself made it.
+func reasonOf(err error) string {
+	for _, d := range status.Convert(err).Details() {
+		if info, ok := d.(*errdetails.ErrorInfo); ok {
+			return info.GetReason()
+		}
+	}
+	return ""
 }
 
 func ptr[T any](v T) *T { return &v }

@@ -222,11 +222,11 @@ func TestProduceStream(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const n = 3000 // well past the window
+	const n, size = 3000, 2000 // well past the window, and large enough for gRPC to pool buffers
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for i := range n {
-			if err := stream.Send(&v1.ProduceRequest{Records: []*v1.Record{record(i, 100), {}}}); err != nil {
+			if err := stream.Send(&v1.ProduceRequest{Records: []*v1.Record{record(i, size), {}}}); err != nil {
 				t.Error(err)
 				return
 			}
@@ -248,6 +248,11 @@ func TestProduceStream(t *testing.T) {
 		t.Errorf("got %v at the end", err)
 	}
 	wg.Wait()
+	for i, stored := range log.proposed {
+		if !bytes.Equal(stored, encode(t, record(i, size), &v1.Record{})) {
+			t.Fatalf("request %d: stored other bytes than were sent", i)
+		}
+	}
 }
 
 // Outcomes that arrive in any order are acknowledged in that of the requests.

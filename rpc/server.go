@@ -118,8 +118,6 @@ func New(cfg Config) (*Service, error) {
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(uint32(limits.StreamsPerConnection)),
 		grpc.ConnectionTimeout(limits.HandshakeTimeout),
-		grpc.WriteBufferSize(connBufferBytes),
-		grpc.ReadBufferSize(connBufferBytes),
 		// Static, because what a stream that is not read may make us buffer
 		// is part of the limits; gRPC would let it grow to 16 MiB.
 		grpc.StaticStreamWindowSize(streamWindowBytes),
@@ -144,7 +142,6 @@ func New(cfg Config) (*Service, error) {
 
 const (
 	maxHeaderBytes    = 64 << 10
-	connBufferBytes   = 128 << 10
 	streamWindowBytes = 1 << 20
 	connWindowBytes   = 8 << 20
 )
