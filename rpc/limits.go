@@ -45,7 +45,9 @@ type Limits struct {
 	ConsumeMemory int
 
 	// OpenCalls is how many calls, streams or not, may be open over all
-	// connections. Health checks do not count. Default 4096.
+	// connections. Health checks and reflection do not count. A produce stream
+	// can make the server hold about 1 MiB of received and unread bytes on top
+	// of its window. Default 4096.
 	OpenCalls int
 	// StreamsPerConnection is how many of them one connection may have open;
 	// a client waits for room on its side. Default 1024.

@@ -469,3 +469,26 @@ func TestAuthorize(t *testing.T) {
 		t.Error("proposed without permission")
 	}
 }
+
+// What is received after a stream has ended is not proposed: the client may
+// have been told so already.
+func TestProduceStreamEnded(t *testing.T) {
+	log := newMemLog()
+	p := &producing{log: log, window: newWindow(1, 1), queue: make(chan outcome, 2)}
+	p.propose, p.cancelPropose = context.WithCancelCause(testContext(t))
+	req := produceRequest{records: encode(t, &v1.Record{}), count: 1}
+	if err := p.proposeOne(&req, 1); err != nil || log.proposals() != 1 {
+		t.Fatalf("%d proposals, %v", log.proposals(), err)
+	}
+	p.end(nil)
+	p.end(errors.New("too late"))
+	if err := p.proposeOne(&req, 1); err != nil || log.proposals() != 1 {
+		t.Errorf("%d proposals, %v", log.proposals(), err)
+	}
+	if o := <-p.queue; o.pending == nil {
+		t.Errorf("queue begins with %v", o)
+	}
+	if o, ok := <-p.queue; ok {
+		t.Errorf("queue goes on with %v", o)
+	}
+}

@@ -170,7 +170,7 @@ func (s *Service) Serve(l net.Listener) error {
 		Listener: netutil.LimitListener(l, s.limits.Connections),
 		tracker:  &s.conns,
 	}
-	if err := s.grpc.Serve(l); err != nil {
+	if err := s.grpc.Serve(l); err != nil && s.stopping.Err() == nil {
 		return fmt.Errorf("serve gRPC on %s: %w", l.Addr(), err)
 	}
 	return nil

@@ -35,13 +35,15 @@ const (
 	ReasonShuttingDown     = "SHUTTING_DOWN"  // next_offset, for reads
 	ReasonCorrupt          = "CORRUPT"        // file, position
 	ReasonDenied           = "DENIED"         // subject, object, action
+	ReasonDeadlineExceeded = "DEADLINE_EXCEEDED"
+	ReasonCanceled         = "CANCELED"
 	ReasonInternal         = "INTERNAL"
 )
 
 // Metadata that the final error of a ProduceStream carries besides its own.
 const (
 	// MetaRequest is the position on the stream, from 0, of the request that
-	// failed.
+	// failed: the first that was not acknowledged.
 	MetaRequest = "request"
 	// MetaAppendedAfter lists the positions of later requests that were
 	// appended all the same, as "5,7-9". Absent when there are none.
@@ -58,7 +60,7 @@ const (
 	retryCalls      = time.Second
 )
 
-// Errors of the server's own making; see shutdownError for the third.
+// tooManyCallsError refuses a call that would be one too many.
 type tooManyCallsError struct{ limit int }
 
 func (e *tooManyCallsError) Error() string {
@@ -255,12 +257,12 @@ func describe(err error) description {
 		}
 	case errors.Is(err, context.DeadlineExceeded):
 		return description{
-			code: codes.DeadlineExceeded, reason: "DEADLINE_EXCEEDED",
+			code: codes.DeadlineExceeded, reason: ReasonDeadlineExceeded,
 			advice: "The call's time was up. Nothing was appended by it.",
 		}
 	case errors.Is(err, context.Canceled):
 		return description{
-			code: codes.Canceled, reason: "CANCELED",
+			code: codes.Canceled, reason: ReasonCanceled,
 			advice: "The caller gave up. Nothing was appended by it.",
 		}
 	default:

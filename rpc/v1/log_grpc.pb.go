@@ -44,8 +44,13 @@ type LogClient interface {
 	Produce(ctx context.Context, in *ProduceRequest, opts ...grpc.CallOption) (*ProduceResponse, error)
 	// ProduceStream appends many batches over one stream. Requests may be sent
 	// without waiting; responses arrive in the order of the requests. The first
-	// failed batch ends the stream with its error: batches sent after it were
-	// not appended unless the error says UNKNOWN_OUTCOME.
+	// failed batch ends the stream with its error. The metadata of that error
+	// counts requests from 0: "request" is the first one that was not
+	// acknowledged, the one that failed. Those after it may have been under way
+	// already: "appended_after" lists, as "3,5-7", which of them were appended
+	// all the same, "unknown_after" which may have been; no other was.
+	// A stream that ends with an error without this, such as when its connection
+	// breaks, leaves every request that was not acknowledged in doubt.
 	ProduceStream(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ProduceRequest, ProduceResponse], error)
 	// Consume reads one bounded chunk. With follow it waits, until the call's
 	// deadline, for a first record when there is none yet.
@@ -141,8 +146,13 @@ type LogServer interface {
 	Produce(context.Context, *ProduceRequest) (*ProduceResponse, error)
 	// ProduceStream appends many batches over one stream. Requests may be sent
 	// without waiting; responses arrive in the order of the requests. The first
-	// failed batch ends the stream with its error: batches sent after it were
-	// not appended unless the error says UNKNOWN_OUTCOME.
+	// failed batch ends the stream with its error. The metadata of that error
+	// counts requests from 0: "request" is the first one that was not
+	// acknowledged, the one that failed. Those after it may have been under way
+	// already: "appended_after" lists, as "3,5-7", which of them were appended
+	// all the same, "unknown_after" which may have been; no other was.
+	// A stream that ends with an error without this, such as when its connection
+	// breaks, leaves every request that was not acknowledged in doubt.
 	ProduceStream(grpc.BidiStreamingServer[ProduceRequest, ProduceResponse]) error
 	// Consume reads one bounded chunk. With follow it waits, until the call's
 	// deadline, for a first record when there is none yet.
