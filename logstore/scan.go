@@ -33,7 +33,7 @@ func newScanner(f vfs.File, s *segment) (*scanner, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &scanner{f: f, s: s, size: size, tail: s.start(), buf: make([]byte, scanBuffer)}, nil
+	return &scanner{f: f, s: s, size: size, tail: s.start(), buf: make([]byte, min(scanBuffer, size))}, nil
 }
 
 // next moves to the next frame. A *CorruptError means that there is none at
