@@ -112,7 +112,7 @@ func createCheckpoint(fs vfs.FS, dir string, c checkpoint) error {
 	name := filepath.Join(dir, checkpointName)
 	content := make([]byte, checkpointFile)
 	copy(content, c.encode())
-	return writeFileAtomically(fs, name, content)
+	return vfs.WriteFile(fs, name, content)
 }
 
 // readCheckpoint returns the newer of the two slots. One damaged slot is what a
@@ -164,39 +164,6 @@ func (w *checkpointWriter) write(c checkpoint) error {
 	}
 	w.last = c
 	return nil
-}
-
-// writeFileAtomically makes a file that is there with all of its content or
-// not at all, replacing one of the same name.
-func writeFileAtomically(fs vfs.FS, name string, content []byte) (err error) {
-	if err := writeTemp(fs, name+tempSuffix, content); err != nil {
-		return err
-	}
-	if err := fs.Rename(name+tempSuffix, name); err != nil {
-		return err
-	}
-	return fs.SyncDir(filepath.Dir(name))
-}
-
-// writeTemp writes and syncs a file that is of no use after a crash, over one
-// that an earlier crash left.
-func writeTemp(fs vfs.FS, name string, content []byte) (err error) {
-	f, err := createTemp(fs, name)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	if _, err := f.WriteAt(content, 0); err != nil {
-		return err
-	}
-	return f.Sync()
-}
-
-func createTemp(fs vfs.FS, name string) (vfs.File, error) {
-	if err := removeIfThere(fs, name); err != nil {
-		return nil, err
-	}
-	return fs.Create(name)
 }
 
 func allZero(b []byte) bool {

@@ -196,11 +196,7 @@ func (hs *handles) openSealed(s *segment) (o *openSegment, err error) {
 
 // writeIndex makes the index file of a segment whose last frame is known.
 func writeIndex(fs vfs.FS, s *segment, lastCRC uint32, x *frameIndex) error {
-	if err := writeTemp(fs, s.idx+tempSuffix, encodeIndex(&s.segmentHeader, lastCRC, x)); err != nil {
-		return err
-	}
-	// No directory sync: a lost name means a rebuilt index.
-	return fs.Rename(s.idx+tempSuffix, s.idx)
+	return vfs.WriteFile(fs, s.idx, encodeIndex(&s.segmentHeader, lastCRC, x))
 }
 
 func (hs *handles) mapIndex(s *segment, o *openSegment) (err error) {

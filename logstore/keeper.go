@@ -3,7 +3,6 @@ package logstore
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -118,7 +117,7 @@ func (k *keeper) prepareNext() {
 
 // makeNext is called with nextMu held.
 func (k *keeper) makeNext() (vfs.File, error) {
-	f, err := createTemp(k.l.fs, filepath.Join(k.l.dir, nextName))
+	f, err := vfs.CreateOver(k.l.fs, filepath.Join(k.l.dir, nextName))
 	if err != nil {
 		return nil, err
 	}
@@ -244,11 +243,4 @@ func (k *keeper) release() error {
 		k.next = nil
 	}
 	return errors.Join(err, k.checkpoint.f.Close())
-}
-
-func removeIfThere(fsys vfs.FS, name string) error {
-	if err := fsys.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
 }

@@ -150,7 +150,7 @@ func (o *opening) readCheckpoint() error {
 // createSegment makes the first segment of a new log.
 func (o *opening) createSegment() (err error) {
 	temp := filepath.Join(o.dir, nextName)
-	f, err := createTemp(o.fs, temp)
+	f, err := vfs.CreateOver(o.fs, temp)
 	if err != nil {
 		return err
 	}
@@ -372,7 +372,7 @@ func (o *opening) accept() (*Log, error) {
 	for _, s := range o.dropped {
 		// One by one, newest first behind a truncation, so that another crash
 		// leaves no hole.
-		if err := errors.Join(removeIfThere(o.fs, s.file), o.fs.SyncDir(o.dir), removeIfThere(o.fs, s.idx)); err != nil {
+		if err := errors.Join(vfs.RemoveIfThere(o.fs, s.file), o.fs.SyncDir(o.dir), vfs.RemoveIfThere(o.fs, s.idx)); err != nil {
 			return nil, err
 		}
 	}
@@ -382,7 +382,7 @@ func (o *opening) accept() (*Log, error) {
 	}
 	for _, name := range slices.Concat(o.temporary, o.indexes) {
 		if !known[name] {
-			if err := removeIfThere(o.fs, filepath.Join(o.dir, name)); err != nil {
+			if err := vfs.RemoveIfThere(o.fs, filepath.Join(o.dir, name)); err != nil {
 				return nil, err
 			}
 		}

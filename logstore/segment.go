@@ -21,7 +21,7 @@ const (
 
 	segmentSuffix = ".log"
 	indexSuffix   = ".idx"
-	tempSuffix    = ".tmp"
+	tempSuffix    = vfs.TempSuffix
 	nameDigits    = 20
 )
 

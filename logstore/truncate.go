@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+
+	"github.com/diurnalog/diurna/logstore/vfs"
 )
 
 // TruncateSuffix deletes the entries from index on, durably, so that the next
@@ -71,18 +73,18 @@ func (l *Log) cutFiles(next *state, cut *segment, dropped []*segment) error {
 	}
 	// Newest first and one by one, so that a crash leaves no hole.
 	for _, s := range slices.Backward(dropped) {
-		if err := removeIfThere(l.fs, s.file); err != nil {
+		if err := vfs.RemoveIfThere(l.fs, s.file); err != nil {
 			return err
 		}
 		if err := l.fs.SyncDir(l.dir); err != nil {
 			return err
 		}
-		if err := removeIfThere(l.fs, s.idx); err != nil {
+		if err := vfs.RemoveIfThere(l.fs, s.idx); err != nil {
 			return err
 		}
 		l.handles.doom(s)
 	}
-	if err := removeIfThere(l.fs, cut.idx); err != nil {
+	if err := vfs.RemoveIfThere(l.fs, cut.idx); err != nil {
 		return err
 	}
 	if err := l.active.Truncate(next.tail.pos); err != nil {
@@ -169,7 +171,7 @@ func (l *Log) DeletePrefix(below uint64) (first uint64, err error) {
 	}
 	for _, s := range dropped {
 		l.handles.doom(s)
-		if err := errors.Join(removeIfThere(l.fs, s.file), removeIfThere(l.fs, s.idx)); err != nil {
+		if err := errors.Join(vfs.RemoveIfThere(l.fs, s.file), vfs.RemoveIfThere(l.fs, s.idx)); err != nil {
 			return first, l.fail(fmt.Errorf("delete below index %d: %w", below, err))
 		}
 	}
