@@ -346,6 +346,32 @@ func TestConsumeFallsBehind(t *testing.T) {
 	}
 }
 
+// commitOnRead lets the watermark move while a read is under way.
+type commitOnRead struct{ *memLog }
+
+func (l commitOnRead) ReadBatches(from uint64, buf []byte, dst []Batch) ([]Batch, error) {
+	dst, err := l.memLog.ReadBatches(from, buf, dst)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.hw = l.end
+	return dst, err
+}
+
+// Without follow a read ends where the committed log ended when it began.
+func TestConsumeEndsWhereTheLogDid(t *testing.T) {
+	log := commitOnRead{newMemLog()}
+	log.fill(t, rand.New(rand.NewPCG(7, 8)), 0, 100, 1, 3000)
+	log.hw = 60
+	f := serve(t, Config{Log: log, Limits: Limits{ConsumeBytes: 16 << 10}}, false)
+	stream, err := f.client.ConsumeStream(testContext(t), &v1.ConsumeRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if next, err := drainStream(t, stream, 0); err != nil || next != 60 {
+		t.Errorf("read up to %d, %v", next, err)
+	}
+}
+
 // retainOnRead lets retention win the race between finding the start and
 // reading there.
 type retainOnRead struct {
