@@ -275,14 +275,15 @@ func TestProduceInterrupt(t *testing.T) {
 		reached := make(chan struct{})
 		s.OnBatch = stuck(0, reached)
 		s.Start(t)
-		sh := newShell(s, strings.NewReader("a\n"))
-		code := sh.start("produce", "-timeout", "200ms")
+		sh := newShell(s, strings.NewReader("a\nb\n"))
+		// The second record waits for room, which is what sends the first.
+		code := sh.start("produce", "-timeout", "200ms", "-linger", "1h", "-max-in-flight", "1B")
 		await(t, reached)
 		sh.interrupt(t)
 		if c := await(t, code); c != ExitServer {
 			t.Errorf("exit %d", c)
 		}
-		contains(t, "stderr", sh.err.String(), "(TIMEOUT)", "1 unknown")
+		contains(t, "stderr", sh.err.String(), "(TIMEOUT)", "0 records acknowledged, 1 not appended, 1 unknown")
 	})
 
 	t.Run("while full", func(t *testing.T) {

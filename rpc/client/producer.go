@@ -121,7 +121,7 @@ func (c *Client) NewProducer(ctx context.Context, opts ProducerOptions) (*Produc
 		stop()
 		cancel()
 		if ctx.Err() != nil {
-			e := c.timeoutError(context.Cause(ctx), "no producer was opened")
+			e := c.timeoutError(context.Cause(ctx), "no answer while the stream was being opened")
 			e.Definite = true
 			return nil, e
 		}

@@ -95,6 +95,9 @@ func TestProducerBatches(t *testing.T) {
 			if err := p.Append(testContext(t), &Record{}); !errors.Is(err, ErrClosed) {
 				t.Errorf("append after close: %v", err)
 			}
+			if err := p.Err(); err != nil {
+				t.Errorf("a producer that ended well failed: %v", err)
+			}
 			if again, err := p.Close(testContext(t)); again != outcome || err != nil {
 				t.Errorf("second Close = %+v, %v", again, err)
 			}
