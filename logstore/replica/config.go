@@ -1,0 +1,133 @@
+package replica
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+
+	"github.com/diurnalog/diurna/logstore/vfs"
+)
+
+// maxRPCBytes bounds what one AppendEntries request may carry; hashicorp/raft
+// itself counts entries, not bytes.
+const maxRPCBytes = 64 << 20
+
+// Config of a replica. Fields without a default must be set.
+type Config struct {
+	// Dir holds everything of this replica. It is made if it is missing. The
+	// caller keeps other processes out of it.
+	Dir string
+	// FS is where the log and the snapshots live; term and vote are in a
+	// BoltDB file on the real filesystem. Default: vfs.OS.
+	FS vfs.FS
+
+	// ID is this server's id. It belongs to the data: a server that lost its
+	// disk must come back under another one.
+	ID string
+	// Address is what other servers reach this one at.
+	Address string
+	// Transport connects to the other servers. The replica closes it.
+	Transport raft.Transport
+	// Bootstrap makes this server, if it holds nothing yet, the only voter of a
+	// new cluster.
+	Bootstrap bool
+
+	// SegmentSize of the log, in bytes. Default: logstore.DefaultSegmentSize.
+	SegmentSize int64
+	// EntryBytes bounds one entry, and with it one batch. Default: 1 MiB.
+	EntryBytes int
+	// EntriesInFlight is how many entries are on their way at once. Default: 4.
+	EntriesInFlight int
+	// InFlightBytes bounds all batches that wait for their outcome. Default:
+	// 64 MiB.
+	InFlightBytes int64
+
+	// Raft's clockwork. Defaults: heartbeat and election 2 s, lease 1.5 s,
+	// commit 5 ms (an idle follower's lag), snapshots every 5 to 10 s.
+	HeartbeatTimeout   time.Duration
+	ElectionTimeout    time.Duration
+	LeaderLeaseTimeout time.Duration
+	CommitTimeout      time.Duration
+	SnapshotInterval   time.Duration
+
+	// Now is the clock for append times. Default: time.Now.
+	Now func() time.Time
+	// Logger. Default: none.
+	Logger hclog.Logger
+	// OnFatal is called, once, when the disk failed in a way after which this
+	// process cannot go on: nothing more is acknowledged, and it should exit.
+	// It may be called while Raft waits for it. Default: nothing; see Failed.
+	OnFatal func(error)
+}
+
+func (c *Config) applyDefaultsAndValidate() error {
+	def := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	if c.FS == nil {
+		c.FS = vfs.OS
+	}
+	if c.EntryBytes == 0 {
+		c.EntryBytes = 1 << 20
+	}
+	if c.EntriesInFlight == 0 {
+		c.EntriesInFlight = 4
+	}
+	if c.InFlightBytes == 0 {
+		c.InFlightBytes = 64 << 20
+	}
+	def(&c.HeartbeatTimeout, 2*time.Second)
+	def(&c.ElectionTimeout, 2*time.Second)
+	def(&c.LeaderLeaseTimeout, min(1500*time.Millisecond, c.HeartbeatTimeout))
+	def(&c.CommitTimeout, 5*time.Millisecond)
+	def(&c.SnapshotInterval, 5*time.Second)
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Logger == nil {
+		c.Logger = hclog.NewNullLogger()
+	}
+	if c.OnFatal == nil {
+		c.OnFatal = func(error) {}
+	}
+	switch {
+	case c.Dir == "", c.ID == "", c.Address == "":
+		return errors.New("a replica needs a directory, an id and an address")
+	case c.Transport == nil:
+		return errors.New("a replica needs a transport")
+	case c.EntryBytes < 1<<10 || c.EntryBytes > maxRPCBytes/8:
+		return fmt.Errorf("entry size %d is not between 1 KiB and %d", c.EntryBytes, maxRPCBytes/8)
+	case c.InFlightBytes < int64(c.EntryBytes)+proposalOverhead:
+		return fmt.Errorf("%d bytes in flight leave no room for an entry of %d", c.InFlightBytes, c.EntryBytes)
+	case c.EntriesInFlight < 1:
+		return fmt.Errorf("%d entries in flight are too few", c.EntriesInFlight)
+	}
+	return nil
+}
+
+func (c *Config) raftConfig() *raft.Config {
+	r := raft.DefaultConfig()
+	r.LocalID = raft.ServerID(c.ID)
+	r.Logger = c.Logger
+	r.HeartbeatTimeout = c.HeartbeatTimeout
+	r.ElectionTimeout = c.ElectionTimeout
+	r.LeaderLeaseTimeout = c.LeaderLeaseTimeout
+	r.CommitTimeout = c.CommitTimeout
+	r.MaxAppendEntries = min(64, maxRPCBytes/c.EntryBytes)
+	r.BatchApplyCh = true
+	// Snapshots are a few hundred bytes; each spares the next start the entries
+	// before it.
+	r.SnapshotInterval = c.SnapshotInterval
+	r.SnapshotThreshold = 1024
+	// Raft never deletes a prefix: the log belongs to its readers.
+	r.TrailingLogs = math.MaxUint64
+	r.NoSnapshotRestoreOnStart = true
+	r.NoLegacyTelemetry = true
+	return r
+}

@@ -1,0 +1,366 @@
+package replica
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/diurnalog/diurna/logstore"
+)
+
+// Replica is one log's copy on this node: a member of the log's Raft group.
+// All methods are safe for concurrent use.
+type Replica struct {
+	cfg       Config
+	log       *logstore.Log
+	stable    *stableStore
+	raft      *raft.Raft
+	seq       *sequencer
+	watermark *watermark
+	applied   *atomic.Uint64
+
+	failOnce sync.Once
+	failed   chan struct{}
+	failure  error // set before failed is closed
+
+	closeOnce sync.Once
+	closeErr  error
+	closing   chan struct{}
+	watching  sync.WaitGroup
+}
+
+// Open starts a replica from what its directory holds. It does not wait for a
+// leader. Damage is refused with a typed error, and then nothing has changed.
+func Open(cfg Config) (r *Replica, err error) {
+	if err := cfg.applyDefaultsAndValidate(); err != nil {
+		return nil, err
+	}
+	r = &Replica{
+		cfg:       cfg,
+		watermark: &watermark{},
+		applied:   &atomic.Uint64{},
+		failed:    make(chan struct{}),
+		closing:   make(chan struct{}),
+	}
+	var opened []func() error
+	defer func() {
+		if err != nil {
+			for i := len(opened) - 1; i >= 0; i-- {
+				err = errors.Join(err, opened[i]())
+			}
+		}
+	}()
+
+	if r.log, err = logstore.Open(filepath.Join(cfg.Dir, "log"), logstore.Options{FS: cfg.FS, SegmentSize: cfg.SegmentSize}); err != nil {
+		return nil, err
+	}
+	opened = append(opened, r.log.Close)
+	if rec := r.log.Recovery(); rec.Torn != "" {
+		cfg.Logger.Warn("cut off a write that a crash interrupted; nothing in it was acknowledged", "file", rec.Torn, "position", rec.Position, "bytes", rec.Bytes)
+	}
+	snapshots, err := openSnapshots(cfg.FS, filepath.Join(cfg.Dir, "snapshots"))
+	if err != nil {
+		return nil, err
+	}
+	if r.stable, err = openStable(filepath.Join(cfg.Dir, "raft.db")); err != nil {
+		return nil, err
+	}
+	opened = append(opened, r.stable.Close)
+
+	machine, err := r.recoverState(snapshots)
+	if err != nil {
+		return nil, err
+	}
+	store := &logStore{log: r.log, applied: r.applied, fatal: r.fatal}
+	if cfg.Bootstrap {
+		if err := r.bootstrap(store, snapshots); err != nil {
+			return nil, err
+		}
+	}
+	if r.raft, err = raft.NewRaft(cfg.raftConfig(), machine, store, r.stable, snapshots, cfg.Transport); err != nil {
+		return nil, fmt.Errorf("start raft: %w", err)
+	}
+	r.seq = newSequencer(r.raft, r.log, &r.cfg, r.notLeader)
+	r.seq.start()
+	r.watching.Go(r.watchLog)
+	return r, nil
+}
+
+// recoverState makes the state machine of the newest snapshot, and reads what
+// Raft will read behind it, so that damage there is an error of Open's and not
+// a panic of Raft's.
+func (r *Replica) recoverState(snapshots *snapshotStore) (*fsm, error) {
+	machine := &fsm{watermark: r.watermark, applied: r.applied}
+	snap, err := snapshots.newest()
+	if err != nil {
+		return nil, err
+	}
+	first := r.log.FirstIndex()
+	if snap != nil {
+		if err := unmarshalState(snap.State, &machine.state); err != nil {
+			return nil, &CorruptError{snapshots.path(snapshotID(snap.Index, snap.Term)), err.Error()}
+		}
+		if last := r.log.LastIndex(); last < snap.Index || machine.state.NextOffset > r.log.NextOffset() {
+			return nil, &CorruptError{filepath.Join(r.cfg.Dir, "log"), fmt.Sprintf("the log ends at index %d, but up to %d was committed when the snapshot was taken", last, snap.Index)}
+		}
+		r.applied.Store(snap.Index)
+		r.watermark.advance(machine.state.NextOffset)
+		first = snap.Index + 1
+	} else {
+		machine.state.NextOffset = r.log.FirstOffset()
+		r.watermark.advance(machine.state.NextOffset)
+	}
+	var buf []byte
+	for index := first; index <= r.log.LastIndex(); index++ {
+		var err error
+		if _, buf, err = r.log.Entry(index, buf); err != nil {
+			return nil, err
+		}
+	}
+	return machine, nil
+}
+
+// bootstrap makes the first configuration if there is nothing at all. Raft
+// writes a term before it, and a crash between the two would leave a server
+// that believes to have state but has no peers, not even itself; a term
+// without a log and a vote is such a leftover.
+func (r *Replica) bootstrap(store *logStore, snapshots *snapshotStore) error {
+	if last, err := store.LastIndex(); err != nil || last > 0 {
+		return err
+	}
+	if ids, err := snapshots.ids(); err != nil || len(ids) > 0 {
+		return err
+	}
+	if _, err := r.stable.Get(keyLastVoteTerm); !isKeyNotFound(err) {
+		return err
+	}
+	if err := r.stable.SetUint64(keyCurrentTerm, 0); err != nil {
+		return err
+	}
+	configuration := raft.Configuration{Servers: []raft.Server{{
+		ID: raft.ServerID(r.cfg.ID), Address: raft.ServerAddress(r.cfg.Address), Suffrage: raft.Voter,
+	}}}
+	if err := raft.BootstrapCluster(r.cfg.raftConfig(), store, r.stable, snapshots, r.cfg.Transport, configuration); err != nil {
+		return fmt.Errorf("bootstrap: %w", err)
+	}
+	return nil
+}
+
+// watchLog notices a failure of the log's own background writes.
+func (r *Replica) watchLog() {
+	select {
+	case <-r.log.Failed():
+		r.fatal(r.log.Err())
+	case <-r.closing:
+	}
+}
+
+// fatal records the first failure after which nothing may be acknowledged.
+func (r *Replica) fatal(err error) {
+	r.failOnce.Do(func() {
+		r.failure = err
+		close(r.failed)
+		r.cfg.Logger.Error("the disk failed; this node must stop", "error", err)
+		r.cfg.OnFatal(err)
+	})
+}
+
+// Failed is closed when the disk failed and the process should exit. Err tells
+// how.
+func (r *Replica) Failed() <-chan struct{} { return r.failed }
+
+// Err returns what closed Failed, or nil.
+func (r *Replica) Err() error {
+	select {
+	case <-r.failed:
+		return r.failure
+	default:
+		return nil
+	}
+}
+
+// Propose hands a batch to the log and returns at once with a handle on its
+// outcome. Batches of one goroutine are appended in the order of its calls.
+// With wait it blocks for room, until ctx ends; without, it fails with
+// ErrOverloaded. Until the batch is handed to Raft, the end of ctx withdraws
+// it. An error means that nothing was, or will be, appended.
+func (r *Replica) Propose(ctx context.Context, p Proposal, wait bool) (*Pending, error) {
+	if err := r.Err(); err != nil {
+		return nil, err
+	}
+	return r.seq.propose(ctx, p, wait)
+}
+
+// notLeader says who leads, as far as is known.
+func (r *Replica) notLeader() error {
+	addr, id := r.raft.LeaderWithID()
+	if id == "" || string(id) == r.cfg.ID {
+		return ErrNoLeader
+	}
+	return &NotLeaderError{LeaderID: string(id), LeaderAddress: string(addr)}
+}
+
+// Bounds returns the first offset that is kept, the high watermark, and the
+// offset after the last stored record, committed or not.
+func (r *Replica) Bounds() (first, watermark, end uint64) {
+	// In this order: the end is never below the watermark that was read before.
+	watermark = r.watermark.load()
+	st := r.log.Stats()
+	return min(st.FirstOffset, watermark), watermark, st.NextOffset
+}
+
+// WaitReadable returns once offset is below the high watermark, or with ctx's
+// error or ErrClosed.
+func (r *Replica) WaitReadable(ctx context.Context, offset uint64) error {
+	return r.watermark.wait(ctx, offset)
+}
+
+// Read reads committed entries with records into buf, as
+// logstore.Log.ReadBatches does, from the one that holds offset from.
+func (r *Replica) Read(from uint64, buf []byte, dst []logstore.Batch) ([]logstore.Batch, error) {
+	limit := r.watermark.load()
+	dst, err := r.log.ReadBatches(from, limit, buf, dst)
+	if errors.Is(err, logstore.ErrNotFound) {
+		return dst, &OffsetOutOfRangeError{Offset: from, First: r.log.FirstOffset(), Next: limit}
+	}
+	return dst, err
+}
+
+// OffsetAtTime returns the first committed offset whose append time is t or
+// later; the high watermark when there is none.
+func (r *Replica) OffsetAtTime(t time.Time) (uint64, error) {
+	watermark := r.watermark.load()
+	nanos := t.UnixNano()
+	switch {
+	case t.Before(time.Unix(0, 0)):
+		nanos = 0
+	case t.After(time.Unix(0, 1<<63-1)):
+		return watermark, nil
+	}
+	offset, err := r.log.OffsetAtTime(nanos)
+	return min(offset, watermark), err
+}
+
+// Linearize returns once every record that was acknowledged, by any server,
+// before the call is below this server's high watermark. Only the leader can
+// do it: what it acknowledged itself, it applied first; what earlier leaders
+// acknowledged, it applied before it took proposals; and that it still leads,
+// so that nobody else acknowledged anything, it asks a quorum now.
+func (r *Replica) Linearize(ctx context.Context) error {
+	if !r.seq.ready.Load() {
+		return r.notLeader()
+	}
+	verified := make(chan error, 1)
+	future := r.raft.VerifyLeader()
+	r.watching.Go(func() { verified <- future.Error() })
+	select {
+	case err := <-verified:
+		if err != nil || !r.seq.ready.Load() {
+			return r.notLeader()
+		}
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Server is one member of the Raft group.
+type Server struct {
+	ID, Address string
+	Voter       bool
+	Leader      bool
+}
+
+// Servers returns the group's members as this server knows them.
+func (r *Replica) Servers() ([]Server, error) {
+	future := r.raft.GetConfiguration()
+	if err := future.Error(); err != nil {
+		return nil, err
+	}
+	_, leader := r.raft.LeaderWithID()
+	var servers []Server
+	for _, s := range future.Configuration().Servers {
+		servers = append(servers, Server{
+			ID: string(s.ID), Address: string(s.Address), Voter: s.Suffrage == raft.Voter, Leader: s.ID == leader,
+		})
+	}
+	return servers, nil
+}
+
+// Status is this server's part in the group.
+type Status struct {
+	State    string // Leader, Follower, Candidate or Shutdown
+	Ready    bool   // it leads and takes proposals
+	Term     uint64
+	LeaderID string
+	Applied  uint64
+	Last     uint64
+	// LastContact is the time of the last message from the leader; zero where
+	// there is none.
+	LastContact time.Time
+	Log         logstore.Stats
+}
+
+// Status returns one look at the server.
+func (r *Replica) Status() Status {
+	_, leader := r.raft.LeaderWithID()
+	return Status{
+		State:       r.raft.State().String(),
+		Ready:       r.seq.ready.Load(),
+		Term:        r.raft.CurrentTerm(),
+		LeaderID:    string(leader),
+		Applied:     r.applied.Load(),
+		Last:        r.raft.LastIndex(),
+		LastContact: r.raft.LastContact(),
+		Log:         r.log.Stats(),
+	}
+}
+
+// WaitReady returns once this server takes proposals as the leader, or with
+// ctx's error.
+func (r *Replica) WaitReady(ctx context.Context) error {
+	for {
+		wait := r.seq.whenReady()
+		if wait == nil {
+			return nil
+		}
+		select {
+		case <-wait:
+		case <-r.failed:
+			return r.failure
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for leadership: %w", ctx.Err())
+		}
+	}
+}
+
+// Close answers what is in flight, as far as that is known before ctx ends,
+// and stops the replica: waits end with ErrClosed, the log records where it
+// ends. Further calls return the first one's result.
+func (r *Replica) Close(ctx context.Context) error {
+	r.closeOnce.Do(func() { r.closeErr = r.close(ctx) })
+	return r.closeErr
+}
+
+func (r *Replica) close(ctx context.Context) error {
+	close(r.closing)
+	err := r.seq.drain(ctx)
+	if r.Err() == nil && err == nil {
+		// So that the next start has nothing to apply again.
+		if snapErr := r.raft.Snapshot().Error(); snapErr != nil && !errors.Is(snapErr, raft.ErrNothingNewToSnapshot) {
+			err = errors.Join(err, fmt.Errorf("snapshot: %w", snapErr))
+		}
+	}
+	if shutErr := r.raft.Shutdown().Error(); shutErr != nil {
+		err = errors.Join(err, shutErr)
+	}
+	r.watermark.close()
+	r.watching.Wait()
+	return errors.Join(err, r.log.Close(), r.stable.Close())
+}

@@ -1,0 +1,431 @@
+package replica
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"golang.org/x/sync/semaphore"
+
+	"github.com/diurnalog/diurna/logstore"
+)
+
+// Proposal is one batch of records to append, whole or not at all.
+type Proposal struct {
+	// Records is the entry's payload, opaque here. The replica may keep it
+	// until the outcome is known, and does not change it.
+	Records []byte
+	// Count is the number of records, at least 1.
+	Count uint32
+	// Expected, if set, is the offset the first record must get.
+	Expected *uint64
+}
+
+// Ack says where an appended batch went.
+type Ack struct {
+	BaseOffset, NextOffset uint64
+	AppendTime             time.Time
+}
+
+// Pending is a proposal that is under way.
+type Pending struct {
+	p    Proposal
+	ctx  context.Context
+	size int64
+	done chan struct{}
+	ack  Ack
+	err  error
+}
+
+// Done is closed when the outcome is known.
+func (p *Pending) Done() <-chan struct{} { return p.done }
+
+// Result returns the outcome, once Done is closed. Errors other than
+// ErrUnknownOutcome mean that nothing was appended.
+func (p *Pending) Result() (Ack, error) { return p.ack, p.err }
+
+// proposalOverhead is what a waiting proposal costs beside its records.
+const proposalOverhead = 512
+
+// sequencer turns proposals into Raft entries. While this node leads, its one
+// goroutine is the only source of entries with records, and that is what makes
+// offsets dense: it assigns base offset and append time, checks conditions,
+// and hands the entry to Raft, so that what was checked is what is appended.
+//
+// Proposals that wait at the same time become one entry, up to entryBytes, and
+// a few entries are in flight at once, so that the next group is sequenced and
+// written while the previous one is synced and replicated.
+type sequencer struct {
+	raft *raft.Raft
+	log  *logstore.Log
+	now  func() time.Time
+	// leaderHint makes the error for a node that does not lead.
+	leaderHint func() error
+
+	entryBytes int
+	room       *semaphore.Weighted // bytes of all proposals not yet answered
+
+	mu      sync.Mutex
+	queue   []*Pending
+	open    bool // proposals are taken: this node leads
+	closing bool
+	wake    chan struct{} // one token: queue, resync or closing changed
+
+	slots  chan struct{} // one for each entry in flight
+	groups chan *group   // in the order of their offsets
+	resync atomic.Bool   // an entry failed: offsets must be read anew
+	ready  atomic.Bool   // all of earlier terms is applied; offsets are known
+	// becameReady is closed when ready becomes true, and guarded by mu.
+	becameReady chan struct{}
+
+	quit chan struct{}
+	wg   sync.WaitGroup
+}
+
+// group is the proposals that share an entry.
+type group struct {
+	future  raft.ApplyFuture // nil if all of them failed their conditions
+	members []*Pending
+	refused []*Pending // by their condition; err is set
+}
+
+func newSequencer(r *raft.Raft, log *logstore.Log, cfg *Config, leaderHint func() error) *sequencer {
+	return &sequencer{
+		raft:       r,
+		log:        log,
+		now:        cfg.Now,
+		leaderHint: leaderHint,
+		entryBytes: cfg.EntryBytes,
+		room:       semaphore.NewWeighted(cfg.InFlightBytes),
+		wake:       make(chan struct{}, 1),
+		slots:      make(chan struct{}, cfg.EntriesInFlight),
+		groups:     make(chan *group, cfg.EntriesInFlight+1),
+		quit:       make(chan struct{}),
+
+		becameReady: make(chan struct{}),
+	}
+}
+
+func (s *sequencer) start() {
+	s.wg.Go(s.run)
+	s.wg.Go(s.complete)
+}
+
+// propose queues a proposal. See Replica.Propose.
+func (s *sequencer) propose(ctx context.Context, p Proposal, wait bool) (*Pending, error) {
+	if p.Count == 0 {
+		return nil, errors.New("a batch needs at least one record")
+	}
+	if len(p.Records) > s.entryBytes {
+		return nil, &TooLargeError{len(p.Records), s.entryBytes}
+	}
+	size := int64(len(p.Records)) + proposalOverhead
+	if wait {
+		if err := s.room.Acquire(ctx, size); err != nil {
+			return nil, err
+		}
+	} else if !s.room.TryAcquire(size) {
+		return nil, ErrOverloaded
+	}
+	pending := &Pending{p: p, ctx: ctx, size: size, done: make(chan struct{})}
+	if err := s.enqueue(pending); err != nil {
+		s.room.Release(size)
+		return nil, err
+	}
+	return pending, nil
+}
+
+func (s *sequencer) enqueue(p *Pending) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.closing:
+		return ErrClosed
+	case !s.open:
+		return s.leaderHint()
+	}
+	s.queue = append(s.queue, p)
+	s.poke()
+	return nil
+}
+
+func (s *sequencer) poke() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// finish answers a proposal.
+func (s *sequencer) finish(p *Pending, err error) {
+	p.err = err
+	if err != nil {
+		p.ack = Ack{}
+	}
+	p.p.Records = nil
+	s.room.Release(p.size)
+	close(p.done)
+}
+
+// run is the sequencing goroutine: one round per term of leadership, or per
+// failure within one.
+func (s *sequencer) run() {
+	defer close(s.groups)
+	leader := s.raft.LeaderCh()
+	for {
+		if s.raft.State() != raft.Leader {
+			s.shut(s.leaderHint())
+			select {
+			case <-leader:
+				continue
+			case <-s.quit:
+				return
+			}
+		}
+		s.mu.Lock()
+		s.open = !s.closing
+		s.mu.Unlock()
+		if !s.settle() {
+			select {
+			case <-s.quit:
+				s.shut(ErrClosed)
+				return
+			case <-leader:
+			case <-time.After(50 * time.Millisecond): // the term may go on
+			}
+			continue
+		}
+		s.setReady(true)
+		done := s.serve(leader)
+		s.setReady(false)
+		if done {
+			s.shut(ErrClosed)
+			return
+		}
+	}
+}
+
+func (s *sequencer) setReady(ready bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ready.Store(ready)
+	if ready {
+		close(s.becameReady)
+	} else {
+		s.becameReady = make(chan struct{})
+	}
+}
+
+// whenReady returns nil, or what is closed when that changes.
+func (s *sequencer) whenReady() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ready.Load() {
+		return nil
+	}
+	return s.becameReady
+}
+
+// settle waits until nothing of ours is in flight, and until this term's first
+// entry and all before it are applied. From then on nobody but this goroutine
+// can append records, until the term ends; then entries that are still on
+// their way fail, because their term is over.
+func (s *sequencer) settle() bool {
+	for range cap(s.slots) {
+		select {
+		case s.slots <- struct{}{}:
+		case <-s.quit:
+			return false
+		}
+	}
+	for range cap(s.slots) {
+		<-s.slots
+	}
+	s.resync.Store(false)
+	return s.raft.Barrier(0).Error() == nil
+}
+
+// serve sequences proposals until this node leads no more, an entry fails
+// (false), or the replica closes and the queue is empty (true).
+func (s *sequencer) serve(leader <-chan bool) (closed bool) {
+	next, last := s.log.NextOffset(), s.log.LastAppendTime()
+	for {
+		// A slot first: what arrives while all are taken shares the next entry.
+		select {
+		case s.slots <- struct{}{}:
+		case <-leader:
+			return false
+		}
+		var batch []*Pending
+		for {
+			if s.resync.Load() || s.raft.State() != raft.Leader {
+				<-s.slots
+				return false
+			}
+			var closing bool
+			if batch, closing = s.take(); len(batch) > 0 {
+				break
+			}
+			if closing {
+				<-s.slots
+				return true
+			}
+			select {
+			case <-s.wake:
+			case <-leader:
+			}
+		}
+		last = max(last, s.now().UnixNano())
+		g := s.sequence(batch, &next, last)
+		if g.future == nil {
+			// Still in line: the refusal rests on offsets of entries that are
+			// not committed yet.
+			<-s.slots
+		}
+		s.groups <- g
+	}
+}
+
+// take returns waiting proposals for one entry.
+func (s *sequencer) take() (batch []*Pending, closing bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n, bytes := 0, 0
+	for n < len(s.queue) {
+		bytes += len(s.queue[n].p.Records)
+		if n > 0 && bytes > s.entryBytes {
+			break
+		}
+		n++
+	}
+	batch = s.queue[:n:n]
+	if s.queue = s.queue[n:]; len(s.queue) == 0 {
+		s.queue = nil
+	}
+	return batch, s.closing
+}
+
+// sequence makes one entry of a batch and hands it to Raft.
+func (s *sequencer) sequence(batch []*Pending, next *uint64, now int64) *group {
+	g := &group{}
+	base := *next
+	size := 0
+	for _, p := range batch {
+		switch {
+		case p.ctx.Err() != nil:
+			// Nobody waits for it any more, and it is not too late to say so.
+			p.err = context.Cause(p.ctx)
+			g.refused = append(g.refused, p)
+		case p.p.Expected != nil && *p.p.Expected != *next:
+			p.err = &OffsetMismatchError{Expected: *p.p.Expected, Next: *next}
+			g.refused = append(g.refused, p)
+		default:
+			p.ack = Ack{BaseOffset: *next, NextOffset: *next + uint64(p.p.Count), AppendTime: time.Unix(0, now)}
+			*next = p.ack.NextOffset
+			size += len(p.p.Records)
+			g.members = append(g.members, p)
+		}
+	}
+	if len(g.members) == 0 {
+		return g
+	}
+	data := g.members[0].p.Records
+	if len(g.members) > 1 {
+		data = make([]byte, 0, size)
+		for _, p := range g.members {
+			data = append(data, p.p.Records...)
+		}
+	}
+	// Without a timeout: Raft takes it, or says that it does not lead. Entries
+	// of one goroutine keep their order.
+	g.future = s.raft.ApplyLog(raft.Log{Data: data, Extensions: encodeExtensions(base, uint32(*next-base), now)}, 0)
+	return g
+}
+
+// complete answers proposals, in order.
+func (s *sequencer) complete() {
+	failed := false // the entry before; reset with the next that commits
+	for g := range s.groups {
+		var err error
+		if g.future != nil {
+			if err = g.future.Error(); err == nil {
+				if applyErr, ok := g.future.Response().(error); ok {
+					err = applyErr
+				}
+			}
+			failed = err != nil
+			if failed {
+				s.resync.Store(true)
+				s.poke()
+			}
+			<-s.slots
+		}
+		for _, p := range g.members {
+			s.finish(p, s.outcome(err))
+		}
+		for _, p := range g.refused {
+			// An offset that rests on an entry which was not committed is no
+			// answer; that the batch was not appended is.
+			var mismatch *OffsetMismatchError
+			if failed && errors.As(p.err, &mismatch) {
+				p.err = ErrNoLeader
+			}
+			s.finish(p, p.err)
+		}
+	}
+}
+
+// outcome turns Raft's error into ours.
+func (s *sequencer) outcome(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress), errors.Is(err, raft.ErrRaftShutdown):
+		// Refused before it was written.
+		return s.leaderHint()
+	case errors.Is(err, logstore.ErrRejected), errors.Is(err, logstore.ErrTooLarge):
+		// Refused by the store, which wrote nothing: an entry before failed, or
+		// its term was over.
+		return fmt.Errorf("%w (%w)", ErrNoLeader, err)
+	default:
+		return fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
+	}
+}
+
+// shut stops taking proposals and answers those that wait: none of them was
+// handed to Raft.
+func (s *sequencer) shut(err error) {
+	s.mu.Lock()
+	s.open = false
+	queue := s.queue
+	s.queue = nil
+	s.mu.Unlock()
+	for _, p := range queue {
+		s.finish(p, err)
+	}
+}
+
+// drain takes no more proposals and returns when those taken are answered and
+// the goroutines have ended, or with ctx's error.
+func (s *sequencer) drain(ctx context.Context) error {
+	s.mu.Lock()
+	s.closing = true
+	s.mu.Unlock()
+	close(s.quit)
+	s.poke()
+	done := make(chan struct{})
+	go func() {
+		s.wg.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("appends still in flight: %w", ctx.Err())
+	}
+}
