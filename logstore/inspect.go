@@ -1,6 +1,7 @@
 package logstore
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -15,8 +16,8 @@ var (
 	// ErrNotASegment: the file is something else, and its name does not claim
 	// otherwise.
 	ErrNotASegment = errors.New("not a segment file")
-	// ErrChanged: the log was truncated while its segment was being inspected.
-	ErrChanged = errors.New("the segment was truncated while it was read, inspect it again")
+	// ErrChanged: the segment was truncated or removed while it was inspected.
+	ErrChanged = errors.New("the segment was truncated or removed while it was read, inspect it again")
 )
 
 // Frame is one frame of a segment file, as it stands there.
@@ -97,6 +98,9 @@ type Report struct {
 	// Sealed: a later segment of the same log is there, or was, so that no
 	// frame will be added to this one.
 	Sealed bool
+	// Leftover: the segment belongs to what was deleted, by a truncation or a
+	// prefix deletion that a crash cut short; opening the log removes it.
+	Leftover bool
 	// Durable is the index up to which entries are known to have been durable,
 	// from the frames, the checkpoint and the next segment.
 	Durable uint64
@@ -109,7 +113,7 @@ type Report struct {
 	Detail string
 
 	Index            Beside
-	IndexDetail      string // why the index is stale or wrong
+	IndexDetail      string // why the index is stale or wrong, or how far it was compared
 	Checkpoint       Beside
 	CheckpointDetail string
 }
@@ -146,16 +150,7 @@ type inspection struct {
 	sc     *scanner
 	around surroundings
 	index  indexCheck
-	prev   int64 // position of the last good frame; 0: there is none
-}
-
-// surroundings are what the files beside a segment say about where it ends.
-type surroundings struct {
-	checkpoint    checkpoint
-	hasCheckpoint bool
-	// next is the header of the segment that follows this one.
-	next    segmentHeader
-	hasNext bool
+	last   int64 // position of the last good frame, if there is one
 }
 
 func (i *inspection) run() error {
@@ -176,14 +171,14 @@ func (i *inspection) run() error {
 	if i.sc, err = newScanner(i.f, i.s); err != nil {
 		return err
 	}
+	i.last = i.sc.tail.pos
 	if err := i.index.load(i.fs, i.s, i.sc.size); err != nil {
 		return err
 	}
 	if err := i.scan(); err != nil {
 		return err
 	}
-	i.conclude()
-	return nil
+	return i.conclude()
 }
 
 // header reads the segment's header. One that is damaged ends up in the report.
@@ -233,70 +228,6 @@ func (i *inspection) damaged(bad *CorruptError) {
 	i.r.Ending, i.r.Damage, i.r.Detail = EndDamaged, bad, bad.Detail
 }
 
-// lookAround reads the checkpoint and finds the next segment. Files of other
-// logs are as good as none.
-func (i *inspection) lookAround() (a surroundings, err error) {
-	dir := filepath.Dir(i.r.File)
-	c, err := readCheckpoint(i.fs, dir)
-	var bad *CorruptError
-	var version *VersionError
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		i.r.Checkpoint, i.r.CheckpointDetail = Missing, ""
-	case errors.As(err, &bad), errors.As(err, &version):
-		i.r.Checkpoint, i.r.CheckpointDetail = Wrong, err.Error()
-	case err != nil:
-		return a, err
-	case c.id != i.s.id:
-		i.r.Checkpoint, i.r.CheckpointDetail = Wrong, "it belongs to another log"
-	default:
-		i.r.Checkpoint, i.r.CheckpointDetail = OK, ""
-		a.checkpoint, a.hasCheckpoint = c, true
-	}
-
-	names, err := i.fs.List(dir)
-	if err != nil {
-		return a, err
-	}
-	for _, name := range names { // sorted, and so are their numbers
-		first, ok := parseSegmentName(name)
-		if !ok || first <= i.s.firstIndex {
-			continue
-		}
-		if a.hasCheckpoint && c.cut && first > c.segment {
-			break // left over from a truncation
-		}
-		h, ok, err := i.neighbour(filepath.Join(dir, name), first)
-		if err != nil {
-			return a, err
-		}
-		if ok {
-			a.next, a.hasNext = h, true
-			break
-		}
-	}
-	return a, nil
-}
-
-// neighbour reads the header of another segment. One that is gone, damaged or
-// of another log says nothing about this one.
-func (i *inspection) neighbour(file string, first uint64) (h segmentHeader, ok bool, err error) {
-	f, err := i.fs.Open(file)
-	if errors.Is(err, fs.ErrNotExist) {
-		return h, false, nil
-	} else if err != nil {
-		return h, false, err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	h, err = readSegmentHeader(f, file, first)
-	var bad *CorruptError
-	var version *VersionError
-	if errors.As(err, &bad) || errors.As(err, &version) {
-		return h, false, nil
-	}
-	return h, err == nil && h.id == i.s.id, err
-}
-
 // scan visits the good frames and judges what follows them.
 func (i *inspection) scan() error {
 	for {
@@ -325,7 +256,7 @@ func (i *inspection) next() error {
 		return err
 	}
 	h := &i.sc.header
-	i.prev = pos
+	i.last = pos
 	i.r.Frames++
 	i.r.Records += uint64(h.count)
 	i.index.add(i.sc.entry, h.crc, i.sc.tail.pos)
@@ -360,8 +291,12 @@ func (i *inspection) atEnd() (bool, error) {
 		}
 	}
 	if bad != nil {
-		if changed, err := i.refresh(); err != nil || changed {
+		changed, err := i.refresh()
+		if err != nil {
 			return false, err
+		}
+		if changed {
+			return i.atEnd()
 		}
 		i.damaged(bad)
 		return true, nil
@@ -437,24 +372,35 @@ func (i *inspection) refresh() (changed bool, err error) {
 	return i.around != was, nil
 }
 
-// stillThere makes sure that the frames visited are still those of the file:
-// the checksum of the last one covers the others.
-func (i *inspection) stillThere() error {
-	if i.prev == 0 {
-		return nil
-	}
-	b := make([]byte, i.sc.tail.pos-i.prev)
-	if _, err := i.f.ReadAt(b, i.prev); err != nil && !errors.Is(err, io.EOF) {
+// stillThere makes sure that the frames visited are still those of the file
+// with that name, which a truncation may have replaced: the checksum of the
+// last one covers the others, and the header's those in other segments.
+func (i *inspection) stillThere() (err error) {
+	f, err := i.fs.Open(i.r.File)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%s: %w", i.r.File, ErrChanged)
+	} else if err != nil {
 		return err
 	}
-	if h, err := parseFrame(b, i.s.seed); err != nil || h.crc != i.sc.tail.crc {
+	defer func() { err = errors.Join(err, f.Close()) }()
+	b := make([]byte, segmentHeaderSize+i.sc.tail.pos-i.last)
+	head, frame := b[:segmentHeaderSize], b[segmentHeaderSize:]
+	if _, err := f.ReadAt(head, 0); err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	if _, err := f.ReadAt(frame, i.last); err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	if !bytes.Equal(head, i.s.encode()) {
+		return fmt.Errorf("%s: %w", i.r.File, ErrChanged)
+	}
+	if i.r.Frames == 0 {
+		return nil
+	}
+	if h, err := parseFrame(frame, i.s.seed); err != nil || h.crc != i.sc.tail.crc {
 		return fmt.Errorf("%s: %w", i.r.File, ErrChanged)
 	}
 	return nil
-}
-
-func (a *surroundings) sealed(s *segment) bool {
-	return a.hasNext || a.hasCheckpoint && a.checkpoint.segment > s.firstIndex
 }
 
 // durable is the index up to which the frames read so far and the files beside
@@ -471,88 +417,29 @@ func (i *inspection) durable() uint64 {
 	return d
 }
 
-func (i *inspection) conclude() {
+func (i *inspection) conclude() error {
 	t := &i.sc.tail
 	i.r.Size = i.sc.size
 	i.r.LastIndex, i.r.LastTerm, i.r.LastTime = t.index, t.term, t.time
 	i.r.NextOffset, i.r.LastCRC, i.r.Position = t.offset, t.crc, t.pos
-	i.r.Sealed = i.around.sealed(i.s)
+	a := &i.around
+	i.r.Sealed = a.sealed(i.s)
+	if a.hasCheckpoint {
+		c := &a.checkpoint
+		i.r.Leftover = c.cut && i.s.firstIndex > c.segment || a.hasNext && a.next.firstIndex <= c.first
+	}
 	i.r.Durable = max(i.r.Durable, i.durable())
 	i.r.Index, i.r.IndexDetail = i.index.result(i.s, &i.r)
-}
-
-// indexCheck compares an index file with the frames, one by one.
-type indexCheck struct {
-	b       []byte // nil: there is no file
-	detail  string // what is wrong with it
-	count   int    // entries it claims to have
-	seen    int
-	crc     uint32 // of frame number count
-	end     int64  // where that ends
-	differs int    // number of the first entry that is not its frame's, from 1
-}
-
-// load reads the index of a segment with at most size bytes.
-func (x *indexCheck) load(fsys vfs.FS, s *segment, size int64) (err error) {
-	f, err := fsys.Open(s.idx)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	} else if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	n, err := f.Size()
-	if err != nil {
-		return err
-	}
-	x.b = []byte{}
-	// Bounded, since anything may lie there under that name.
-	most := indexHeaderSize + (size/HeaderSize+1)*indexEntrySize
-	if n < indexHeaderSize || n > most || (n-indexHeaderSize)%indexEntrySize != 0 {
-		x.detail = fmt.Sprintf("it has %d bytes, which no index of this segment can have", n)
+	if i.r.Index != Wrong {
 		return nil
 	}
-	x.b = make([]byte, n)
-	if _, err := f.ReadAt(x.b, 0); err != nil {
-		return err
+	if c := &a.checkpoint; a.hasCheckpoint && c.cut && c.segment == i.s.firstIndex {
+		i.r.Index, i.r.IndexDetail = Stale, "the truncation that was begun removes it"
+		return nil
 	}
-	x.count = int(n-indexHeaderSize) / indexEntrySize
-	x.crc, x.end = s.prevCRC, segmentHeaderSize
-	return nil
-}
-
-func (x *indexCheck) add(e indexEntry, crc uint32, end int64) {
-	x.seen++
-	if x.seen > x.count {
-		return
+	replaced, err := i.index.replaced(i.fs, i.s, i.r.Size)
+	if replaced {
+		i.r.Index, i.r.IndexDetail = Stale, "it was replaced while the segment was read"
 	}
-	if x.differs == 0 && parseIndexEntry(x.b[indexHeaderSize+(x.seen-1)*indexEntrySize:]) != e {
-		x.differs = x.seen
-	}
-	x.crc, x.end = crc, end
-}
-
-func (x *indexCheck) result(s *segment, r *Report) (Beside, string) {
-	switch {
-	case x.b == nil:
-		return Missing, ""
-	case x.detail != "":
-		return Wrong, x.detail
-	case x.count > x.seen:
-		return Wrong, fmt.Sprintf("it has %d entries, the segment %d", x.count, x.seen)
-	}
-	parsed, err := parseIndex(x.b, &s.segmentHeader, x.count, x.crc)
-	switch {
-	case err != nil:
-		return Wrong, err.Error()
-	case x.differs > 0:
-		return Wrong, fmt.Sprintf("its entry of index %d is not what the segment has", s.firstIndex+uint64(x.differs-1))
-	case parsed.end != x.end:
-		return Wrong, fmt.Sprintf("it says that the last frame ends at byte %d, it ends at %d", parsed.end, x.end)
-	case x.count < x.seen && r.Sealed:
-		return Wrong, fmt.Sprintf("it has %d entries, the segment %d", x.count, x.seen)
-	case x.count < x.seen:
-		return Stale, fmt.Sprintf("it has %d entries, the segment %d by now", x.count, x.seen)
-	}
-	return OK, ""
+	return err
 }
