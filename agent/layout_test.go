@@ -32,17 +32,18 @@ type room struct {
 
 var rooms = []room{
 	{dir: ".", may: []string{"agent", "rpc/cli"}},
-	{dir: "agent", may: []string{"agent/config", "agent/identity", "logstore", "logstore/vfs", "logstore/replica", "rpc", "rpc/v1", "rpc/client", "discovery", "discovery/consul"},
+	{dir: "agent", may: []string{"agent/config", "agent/identity", "logstore", "logstore/vfs", "logstore/replica", "rpc", "rpc/v1", "rpc/client", "discovery", "discovery/consul", "rpc/cli/flags"},
 		testsMay: []string{"rpc/cli"}},
 	{dir: "agent/config"},
 	{dir: "agent/identity", may: []string{"agent/config"}},
 	{dir: "logstore", may: []string{"logstore/vfs"}},
 	{dir: "logstore/vfs"},
-	{dir: "logstore/replica", may: []string{"logstore"}, testsMay: []string{"logstore/vfs"}},
+	{dir: "logstore/replica", may: []string{"logstore", "logstore/vfs"}},
 	{dir: "rpc", may: []string{"rpc/v1"}, testsMay: []string{"rpc/client"}},
 	{dir: "rpc/v1"},
 	{dir: "rpc/client", may: []string{"rpc/v1"}, testsMay: []string{"rpc"}},
-	{dir: "rpc/cli", may: []string{"rpc/client"}, testsMay: []string{"rpc", "rpc/v1"}},
+	{dir: "rpc/cli", may: []string{"rpc/client", "rpc/cli/flags"}, testsMay: []string{"rpc", "rpc/v1"}},
+	{dir: "rpc/cli/flags"},
 	{dir: "discovery"},
 	{dir: "discovery/consul", may: []string{"discovery"}},
 }

@@ -102,8 +102,17 @@ func Default() *Config { return defaults(thisHost) }
 // Dev returns Default for a throw-away node.
 func Dev() *Config {
 	c := Default()
-	c.Dev = true
+	c.forDev()
 	return c
+}
+
+// forDev makes defaults those of a throw-away node. It has no peers whose
+// pauses it would have to be patient with, and its user waits for it.
+func (c *Config) forDev() {
+	c.Dev = true
+	c.Raft.HeartbeatTimeout = 100 * time.Millisecond
+	c.Raft.ElectionTimeout = 100 * time.Millisecond
+	c.Raft.LeaderLeaseTimeout = 100 * time.Millisecond
 }
 
 func defaults(h host) *Config {

@@ -37,7 +37,9 @@ func load(src Sources, h host) (*Config, error) {
 	}
 
 	cfg := defaults(h)
-	cfg.Dev = src.Dev
+	if src.Dev {
+		cfg.forDev()
+	}
 	cfg.Listener.Advertise = "" // Follows listener.rpc where not given.
 	for _, k := range keys {
 		l.set(cfg, k)

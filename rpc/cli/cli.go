@@ -14,6 +14,7 @@ import (
 	hcli "github.com/hashicorp/cli"
 	"golang.org/x/term"
 
+	"github.com/diurnalog/diurna/rpc/cli/flags"
 	"github.com/diurnalog/diurna/rpc/client"
 )
 
@@ -100,7 +101,7 @@ func (m *Meta) Run(args []string, more map[string]hcli.CommandFactory) int {
 		m.errorf("unknown option %s. The options of a command come after it: diurna <command> [options].", args[0])
 		return ExitUsage
 	case verb != "" && !known(commands, verb):
-		m.errorf("unknown command %q.%s Run `diurna -help` for the list.", verb, didYouMean(verb, firstWords(commands), ""))
+		m.errorf("unknown command %q.%s Run `diurna -help` for the list.", verb, flags.DidYouMean(verb, firstWords(commands), ""))
 		return ExitUsage
 	}
 	code, err := c.Run()

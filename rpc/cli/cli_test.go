@@ -16,6 +16,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/diurnalog/diurna/rpc/cli/flags"
 	"github.com/diurnalog/diurna/rpc/client"
 	"github.com/diurnalog/diurna/rpc/client/clienttest"
 	v1 "github.com/diurnalog/diurna/rpc/v1"
@@ -173,7 +174,7 @@ func TestDidYouMean(t *testing.T) {
 	for in, want := range map[string]string{
 		"form": "from", "folow": "follow", "f": "", "log": "log", "zzzzz": "", "lin": "linearizable",
 	} {
-		got := didYouMean(in, []string{"from", "follow", "log", "linearizable"}, "")
+		got := flags.DidYouMean(in, []string{"from", "follow", "log", "linearizable"}, "")
 		if want != "" {
 			want = " Did you mean " + want + "?"
 		}
@@ -226,7 +227,7 @@ func TestAddressPrecedence(t *testing.T) {
 	}
 	var p serversCommand
 	p.Meta = newShell(nil, nil).Meta
-	if err := p.flags().parse(nil); err != nil || p.addr != "127.0.0.1:8400" {
+	if err := p.options().Parse(nil); err != nil || p.addr != "127.0.0.1:8400" {
 		t.Errorf("default %q, %v", p.addr, err)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/diurnalog/diurna/rpc/cli/flags"
 	"github.com/diurnalog/diurna/rpc/client"
 )
 
@@ -22,29 +23,29 @@ type consumeCommand struct {
 	keySeparator         string
 }
 
-func (c *consumeCommand) flags() *flagSet {
-	f := newFlagSet()
-	f.addr(c.Meta, &c.addr)
-	f.log(&c.log)
+func (c *consumeCommand) options() *flags.Set {
+	f := flags.New()
+	addrFlag(f, c.Meta, &c.addr)
+	logFlag(f, &c.log)
 
-	f.text(&c.from, "from", "start", "earliest", "Where to start: earliest (the first record that is kept), latest (only what is yet to come; see -follow), an offset (17 or offset:17), last:N for the last N records, a time (2026-01-31T12:00:00Z), or how long ago (90s, 10m, 2d). Default earliest.")
-	f.offset(&c.until, "until", "Stop before this offset.")
-	f.count(&c.max, "count", "count", "Stop after so many records. Default 0, no limit.")
-	f.boolean(&c.follow, "follow", "Do not stop at the end of the log; wait for more.")
-	f.boolean(&c.linearizable, "linearizable", "See every record that any node has acknowledged before now, for a round trip to a majority of the servers.")
+	f.Text(&c.from, "from", "start", "earliest", "Where to start: earliest (the first record that is kept), latest (only what is yet to come; see -follow), an offset (17 or offset:17), last:N for the last N records, a time (2026-01-31T12:00:00Z), or how long ago (90s, 10m, 2d). Default earliest.")
+	f.Offset(&c.until, "until", "Stop before this offset.")
+	f.Count(&c.max, "count", "count", "Stop after so many records. Default 0, no limit.")
+	f.Bool(&c.follow, "follow", "Do not stop at the end of the log; wait for more.")
+	f.Bool(&c.linearizable, "linearizable", "See every record that any node has acknowledged before now, for a round trip to a majority of the servers.")
 
-	f.text(&c.separator, "separator", "text", "\n", "What to write after every record. Default a newline.")
-	f.boolean(&c.raw, "raw", "Write nothing but the values: what -separator '' does. A file sent with produce -file comes back byte for byte.")
-	f.boolean(&c.nul, "0", "Write a NUL byte after every record.")
-	f.text(&c.keySeparator, "key-separator", "text", "", "Write every record's key and this text in front of its value.")
-	f.boolean(&c.json, "json", "Write every record as one line of JSON: offset, time, key, value and headers. What is not UTF-8 comes as key_base64 or value_base64. produce -json reads it back.")
+	f.Text(&c.separator, "separator", "text", "\n", "What to write after every record. Default a newline.")
+	f.Bool(&c.raw, "raw", "Write nothing but the values: what -separator '' does. A file sent with produce -file comes back byte for byte.")
+	f.Bool(&c.nul, "0", "Write a NUL byte after every record.")
+	f.Text(&c.keySeparator, "key-separator", "text", "", "Write every record's key and this text in front of its value.")
+	f.Bool(&c.json, "json", "Write every record as one line of JSON: offset, time, key, value and headers. What is not UTF-8 comes as key_base64 or value_base64. produce -json reads it back.")
 	return f
 }
 
 func (c *consumeCommand) Synopsis() string { return "Write records to standard output" }
 
 func (c *consumeCommand) Help() string {
-	return c.flags().help("diurna consume [options]", `
+	return c.options().Help("diurna consume [options]", `
 Writes the values of records to standard output, exactly as they were produced,
 each followed by a newline: the lines of a text file that went into produce come
 out as the same file. (One whose last line lacked its newline gets it.)
@@ -77,17 +78,17 @@ Examples:
 }
 
 func (c *consumeCommand) Run(args []string) int {
-	f := c.flags()
-	err := f.parse(args)
+	f := c.options()
+	err := f.Parse(args)
 	var start client.Start
 	if err == nil {
 		start, err = parseFrom(c.from, time.Now())
 	}
 	if err == nil {
-		err = f.exclusive("separator", "raw", "0", "json")
+		err = f.Exclusive("separator", "raw", "0", "json")
 	}
 	if err == nil {
-		err = f.exclusive("key-separator", "json")
+		err = f.Exclusive("key-separator", "json")
 	}
 	if err != nil {
 		return c.usage("consume", err)

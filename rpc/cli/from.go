@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/diurnalog/diurna/rpc/cli/flags"
 	"github.com/diurnalog/diurna/rpc/client"
 )
 
@@ -43,7 +44,7 @@ func parseFrom(s string, now time.Time) (client.Start, error) {
 		}
 	}
 	return client.Start{}, fmt.Errorf("-from %s: want earliest, latest, an offset, last:N, a time like 2026-01-31T12:00:00Z, or how long ago like 10m or 2d%s",
-		s, strings.Replace(didYouMean(s, []string{"earliest", "latest"}, ""), " Did", ". Did", 1))
+		s, strings.Replace(flags.DidYouMean(s, []string{"earliest", "latest"}, ""), " Did", ". Did", 1))
 }
 
 // parseAgo reads a duration that is not negative; besides what Go knows, it

@@ -7,6 +7,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/diurnalog/diurna/rpc/cli/flags"
 	"github.com/diurnalog/diurna/rpc/client"
 )
 
@@ -25,22 +26,22 @@ type produceCommand struct {
 	expected                *uint64
 }
 
-func (c *produceCommand) flags() *flagSet {
-	f := newFlagSet()
-	f.addr(c.Meta, &c.addr)
-	f.log(&c.log)
+func (c *produceCommand) options() *flags.Set {
+	f := flags.New()
+	addrFlag(f, c.Meta, &c.addr)
+	logFlag(f, &c.log)
 
-	f.boolean(&c.nul, "0", "Records end with a NUL byte instead of a newline, as from find -print0.")
-	f.boolean(&c.json, "json", `Every line is a JSON object: {"key": "…", "value": "…", "headers": [{"name": "…", "value": "…"}]}, each part optional; headers may also be an object. Bytes that are not text go into key_base64 and value_base64. What consume -json prints is read back: offset and time are passed over. Any other field is an error.`)
+	f.Bool(&c.nul, "0", "Records end with a NUL byte instead of a newline, as from find -print0.")
+	f.Bool(&c.json, "json", `Every line is a JSON object: {"key": "…", "value": "…", "headers": [{"name": "…", "value": "…"}]}, each part optional; headers may also be an object. Bytes that are not text go into key_base64 and value_base64. What consume -json prints is read back: offset and time are passed over. Any other field is an error.`)
 	c.files = nil
-	f.each(func(s string) error {
+	f.Each(func(s string) error {
 		c.files = append(c.files, s)
 		return nil
 	}, "file", "path", "Send the whole file as one record, byte for byte, instead of reading standard input. May be repeated.")
-	f.text(&c.key, "key", "text", "", "Key of every record.")
-	f.text(&c.keySeparator, "key-separator", "text", "", "Split every line at the first such text: what is before it is the key. A line without it is an error.")
+	f.Text(&c.key, "key", "text", "", "Key of every record.")
+	f.Text(&c.keySeparator, "key-separator", "text", "", "Split every line at the first such text: what is before it is the key. A line without it is an error.")
 	c.headers = nil
-	f.each(func(s string) error {
+	f.Each(func(s string) error {
 		name, value, ok := strings.Cut(s, "=")
 		if !ok || !utf8.ValidString(name) {
 			return errors.New("want name=value")
@@ -48,24 +49,24 @@ func (c *produceCommand) flags() *flagSet {
 		c.headers = append(c.headers, &client.Header{Name: name, Value: []byte(value)})
 		return nil
 	}, "header", "name=value", "Header of every record. May be repeated.")
-	f.offset(&c.expected, "expected-offset", "Append only if the first record gets exactly this offset; otherwise append nothing and exit 2.")
+	f.Offset(&c.expected, "expected-offset", "Append only if the first record gets exactly this offset; otherwise append nothing and exit 2.")
 
-	f.count(&c.batchRecords, "batch-records", "count", fmt.Sprintf("Records in one batch, at most. Default %d.", client.DefaultBatchRecords))
-	f.size(&c.batchBytes, "batch-bytes", client.DefaultBatchBytes, "Size of one batch, at most. A larger record travels alone. Default 512KiB.")
-	f.duration(&c.linger, "linger", client.DefaultLinger, "How long a batch may wait for more records. Default 5ms.")
-	f.size(&c.maxInFlight, "max-in-flight", client.DefaultMaxInFlightBytes, "How much may be sent and not yet acknowledged. Default 8MiB.")
-	f.size(&c.maxRecord, "max-record-bytes", 1<<20, "Largest record. A larger one is an error before it is sent. The server has a limit of its own. Default 1MiB.")
-	f.duration(&c.timeout, "timeout", 30*time.Second, "Give up when the server acknowledges nothing for so long; also how long to wait for acknowledgements after an interrupt. 0 waits for ever. Default 30s.")
+	f.Count(&c.batchRecords, "batch-records", "count", fmt.Sprintf("Records in one batch, at most. Default %d.", client.DefaultBatchRecords))
+	f.Size(&c.batchBytes, "batch-bytes", client.DefaultBatchBytes, "Size of one batch, at most. A larger record travels alone. Default 512KiB.")
+	f.Duration(&c.linger, "linger", client.DefaultLinger, "How long a batch may wait for more records. Default 5ms.")
+	f.Size(&c.maxInFlight, "max-in-flight", client.DefaultMaxInFlightBytes, "How much may be sent and not yet acknowledged. Default 8MiB.")
+	f.Size(&c.maxRecord, "max-record-bytes", 1<<20, "Largest record. A larger one is an error before it is sent. The server has a limit of its own. Default 1MiB.")
+	f.Duration(&c.timeout, "timeout", 30*time.Second, "Give up when the server acknowledges nothing for so long; also how long to wait for acknowledgements after an interrupt. 0 waits for ever. Default 30s.")
 
-	f.boolean(&c.printOffsets, "print-offsets", "Print the offset of every record, one a line, in the order of the input, once it is acknowledged.")
-	f.boolean(&c.quiet, "quiet", "No progress and no summary; errors are still told.")
+	f.Bool(&c.printOffsets, "print-offsets", "Print the offset of every record, one a line, in the order of the input, once it is acknowledged.")
+	f.Bool(&c.quiet, "quiet", "No progress and no summary; errors are still told.")
 	return f
 }
 
 func (c *produceCommand) Synopsis() string { return "Append records from standard input" }
 
 func (c *produceCommand) Help() string {
-	return c.flags().help("diurna produce [options]", `
+	return c.options().Help("diurna produce [options]", `
 Appends records to a log. Every line of standard input is a record; the newline
 is not part of it. A last line without a newline is a record as well.
 
@@ -107,18 +108,18 @@ Examples:
 }
 
 func (c *produceCommand) Run(args []string) int {
-	f := c.flags()
-	err := f.parse(args)
+	f := c.options()
+	err := f.Parse(args)
 	for _, group := range [][]string{
 		{"0", "json", "file"},
 		{"json", "key"}, {"json", "header"}, {"json", "key-separator"},
 		{"key", "key-separator"}, {"file", "key-separator"},
 	} {
 		if err == nil {
-			err = f.exclusive(group...)
+			err = f.Exclusive(group...)
 		}
 	}
-	if err == nil && f.given("key-separator") && c.keySeparator == "" {
+	if err == nil && f.Given("key-separator") && c.keySeparator == "" {
 		err = errors.New("-key-separator is empty")
 	}
 	if err == nil && c.batchRecords > 1<<24 {

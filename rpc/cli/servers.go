@@ -7,6 +7,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/diurnalog/diurna/rpc/cli/flags"
 	"github.com/diurnalog/diurna/rpc/client"
 )
 
@@ -19,18 +20,18 @@ type serversCommand struct {
 	json    bool
 }
 
-func (c *serversCommand) flags() *flagSet {
-	f := newFlagSet()
-	f.addr(c.Meta, &c.addr)
-	f.duration(&c.timeout, "timeout", defaultAnswerTimeout, "How long to wait for the answer. Default 5s.")
-	f.boolean(&c.json, "json", "Print a JSON object.")
+func (c *serversCommand) options() *flags.Set {
+	f := flags.New()
+	addrFlag(f, c.Meta, &c.addr)
+	f.Duration(&c.timeout, "timeout", defaultAnswerTimeout, "How long to wait for the answer. Default 5s.")
+	f.Bool(&c.json, "json", "Print a JSON object.")
 	return f
 }
 
 func (c *serversCommand) Synopsis() string { return "List the nodes of the cluster" }
 
 func (c *serversCommand) Help() string {
-	return c.flags().help("diurna servers [options]", `
+	return c.options().Help("diurna servers [options]", `
 Lists the nodes of the cluster as one of them knows them; a * marks the one
 that answered. Offsets are those of the default log and, like the applied
 index, known only of some nodes; a - stands for what is not known.
@@ -48,7 +49,7 @@ Examples:
 }
 
 func (c *serversCommand) Run(args []string) int {
-	if err := c.flags().parse(args); err != nil {
+	if err := c.options().Parse(args); err != nil {
 		return c.usage("servers", err)
 	}
 	return c.withClient(c.addr, func(cl *client.Client) int {

@@ -8,6 +8,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/diurnalog/diurna/rpc/cli/flags"
 	"github.com/diurnalog/diurna/rpc/client"
 )
 
@@ -18,18 +19,18 @@ type statusCommand struct {
 	json    bool
 }
 
-func (c *statusCommand) flags() *flagSet {
-	f := newFlagSet()
-	f.addr(c.Meta, &c.addr)
-	f.duration(&c.timeout, "timeout", defaultAnswerTimeout, "How long to wait for the answer. Default 5s.")
-	f.boolean(&c.json, "json", "Print a JSON object.")
+func (c *statusCommand) options() *flags.Set {
+	f := flags.New()
+	addrFlag(f, c.Meta, &c.addr)
+	f.Duration(&c.timeout, "timeout", defaultAnswerTimeout, "How long to wait for the answer. Default 5s.")
+	f.Bool(&c.json, "json", "Print a JSON object.")
 	return f
 }
 
 func (c *statusCommand) Synopsis() string { return "Tell whether a node is healthy" }
 
 func (c *statusCommand) Help() string {
-	return c.flags().help("diurna status [options]", `
+	return c.options().Help("diurna status [options]", `
 Tells how one node is and what it knows of its cluster. The node is healthy
 when it says that it serves and knows a leader: then it takes records.
 
@@ -58,7 +59,7 @@ type nodeStatus struct {
 }
 
 func (c *statusCommand) Run(args []string) int {
-	if err := c.flags().parse(args); err != nil {
+	if err := c.options().Parse(args); err != nil {
 		return c.usage("status", err)
 	}
 	return c.withClient(c.addr, func(cl *client.Client) int {

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"runtime"
 	"runtime/debug"
+
+	"github.com/diurnalog/diurna/rpc/cli/flags"
 )
 
 // Set by the build:
@@ -57,21 +59,21 @@ type versionCommand struct {
 	json bool
 }
 
-func (c *versionCommand) flags() *flagSet {
-	f := newFlagSet()
-	f.boolean(&c.json, "json", "Print a JSON object.")
+func (c *versionCommand) options() *flags.Set {
+	f := flags.New()
+	f.Bool(&c.json, "json", "Print a JSON object.")
 	return f
 }
 
 func (c *versionCommand) Synopsis() string { return "Print the version of this program" }
 
 func (c *versionCommand) Help() string {
-	return c.flags().help("diurna version [options]",
+	return c.options().Help("diurna version [options]",
 		"Prints the version of this program, the revision it was built from and the\nGo version it was built with. It asks no server: `diurna servers` does.", "")
 }
 
 func (c *versionCommand) Run(args []string) int {
-	if err := c.flags().parse(args); err != nil {
+	if err := c.options().Parse(args); err != nil {
 		return c.usage("version", err)
 	}
 	if c.json {

@@ -1,0 +1,226 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+
+	"github.com/diurnalog/diurna/agent/config"
+	"github.com/diurnalog/diurna/logstore/replica"
+	"github.com/diurnalog/diurna/logstore/vfs"
+	"github.com/diurnalog/diurna/rpc"
+)
+
+// Options are what an agent needs besides its configuration.
+type Options struct {
+	// Logger gets what the node has to say. Default: none.
+	Logger hclog.Logger
+	// Version is the program's, for those who ask.
+	Version string
+	// OnFatal is called when the disk failed and the process has to end, from
+	// wherever that was noticed. Default: nothing; see Agent.Failed.
+	OnFatal func(error)
+}
+
+// Agent is a running node. Make one with Start, end it with Stop.
+type Agent struct {
+	logger  hclog.Logger
+	listen  net.Listener
+	address string // where others reach it
+	data    *dataDir
+	temp    string // data directory to remove at the end
+	replica *replica.Replica
+	rpc     *rpc.Service
+
+	serving  sync.WaitGroup
+	serveErr chan error
+	stopOnce sync.Once
+	stopErr  error
+
+	mu     sync.Mutex
+	config *config.Config // as last applied
+}
+
+// Start starts a node, in this order: data directory, port, log, service. It
+// returns when the node serves; WaitReady tells when it takes records. If
+// anything fails, what was started is stopped, and nothing is left behind.
+func Start(cfg *config.Config, opts Options) (a *Agent, err error) {
+	if opts.Logger == nil {
+		opts.Logger = hclog.NewNullLogger()
+	}
+	a = &Agent{logger: opts.Logger, config: cfg, serveErr: make(chan error, 1)}
+	defer func() {
+		if err != nil {
+			ctx, cancel := context.WithTimeout(context.Background(), cfg.ShutdownTimeout)
+			defer cancel()
+			err = errors.Join(err, a.Stop(ctx))
+		}
+	}()
+
+	dir := cfg.DataDir
+	if dir == "" {
+		if dir, err = os.MkdirTemp("", "diurna-dev-"); err != nil {
+			return nil, fmt.Errorf("make a temporary data directory: %w", err)
+		}
+		a.temp = dir
+	}
+	if a.data, err = openDataDir(vfs.OS, dir); err != nil {
+		return nil, err
+	}
+	if a.listen, err = net.Listen("tcp", cfg.Listener.RPC); err != nil {
+		return nil, fmt.Errorf("%w: choose another address with -rpc-addr or listener.rpc", err)
+	}
+	if a.address, err = advertised(cfg.Listener.Advertise, a.listen.Addr()); err != nil {
+		return nil, err
+	}
+
+	_, transport := raft.NewInmemTransport(raft.ServerAddress(a.address))
+	a.replica, err = replica.Open(replica.Config{
+		Dir:                a.data.log(rpc.DefaultLog),
+		ID:                 a.data.nodeID,
+		Address:            a.address,
+		Transport:          transport,
+		Bootstrap:          true,
+		SegmentSize:        cfg.Log.SegmentSize,
+		EntryBytes:         int(max(cfg.Limits.MaxBatch, 1<<20)),
+		InFlightBytes:      cfg.Limits.InFlight,
+		HeartbeatTimeout:   cfg.Raft.HeartbeatTimeout,
+		ElectionTimeout:    cfg.Raft.ElectionTimeout,
+		LeaderLeaseTimeout: cfg.Raft.LeaderLeaseTimeout,
+		CommitTimeout:      cfg.Raft.CommitTimeout,
+		SnapshotInterval:   cfg.Raft.SnapshotInterval,
+		Logger:             opts.Logger.Named("raft"),
+		OnFatal:            opts.OnFatal,
+	})
+	if err != nil {
+		return nil, err
+	}
+	a.rpc, err = rpc.New(rpc.Config{
+		Log:     newService(a.replica),
+		Cluster: &cluster{replica: a.replica, self: a.data.nodeID, name: cfg.Node.Name, address: a.address, version: opts.Version},
+		Limits: rpc.Limits{
+			MaxRecordBytes: int(cfg.Limits.MaxRecord),
+			MaxBatchBytes:  int(cfg.Limits.MaxBatch),
+			OpenCalls:      cfg.Listener.MaxStreams,
+			Connections:    cfg.Listener.MaxConnections,
+		},
+		Logger:  opts.Logger.Named("rpc"),
+		Version: opts.Version,
+	})
+	if err != nil {
+		return nil, err
+	}
+	// Not before it can take records.
+	a.rpc.SetServing(false)
+	listener := a.listen
+	a.serving.Go(func() {
+		if err := a.rpc.Serve(listener); err != nil {
+			a.serveErr <- fmt.Errorf("serve %s: %w", listener.Addr(), err)
+		}
+	})
+	a.logger.Info("node started", "id", a.data.nodeID, "name", cfg.Node.Name, "address", a.address, "data_dir", dir)
+	return a, nil
+}
+
+// advertised completes the address that others use with the port that the
+// kernel chose.
+func advertised(advertise string, listen net.Addr) (string, error) {
+	host, port, err := net.SplitHostPort(advertise)
+	if err != nil {
+		return "", fmt.Errorf("advertised address: %w", err)
+	}
+	if port == "0" {
+		if _, port, err = net.SplitHostPort(listen.String()); err != nil {
+			return "", err
+		}
+	}
+	return net.JoinHostPort(host, port), nil
+}
+
+// Address is where others reach the node's gRPC port, as host:port.
+func (a *Agent) Address() string { return a.address }
+
+// NodeID is the node's id, which is kept with its data.
+func (a *Agent) NodeID() string { return a.data.nodeID }
+
+// WaitReady returns once the node takes records and says so to health checks.
+func (a *Agent) WaitReady(ctx context.Context) error {
+	begin := time.Now()
+	if err := a.replica.WaitReady(ctx); err != nil {
+		return err
+	}
+	a.rpc.SetServing(true)
+	first, watermark, _ := a.replica.Bounds()
+	a.logger.Info("ready", "after", time.Since(begin).Round(time.Millisecond), "first_offset", first, "next_offset", watermark)
+	return nil
+}
+
+// Failed delivers what ended the service without Stop having been called.
+func (a *Agent) Failed() <-chan error { return a.serveErr }
+
+// Stop ends the node cleanly: it takes no more calls, answers those under way,
+// and closes the log. What is not done when ctx ends is cut off. Further calls
+// return the first one's result.
+func (a *Agent) Stop(ctx context.Context) error {
+	a.stopOnce.Do(func() { a.stopErr = a.stop(ctx) })
+	return a.stopErr
+}
+
+func (a *Agent) stop(ctx context.Context) error {
+	var err error
+	begin := time.Now()
+	if a.rpc != nil {
+		err = errors.Join(err, a.rpc.Shutdown(ctx))
+	}
+	if a.listen != nil {
+		// The service closes it; this is for a start that failed before.
+		if closeErr := a.listen.Close(); closeErr != nil && !errors.Is(closeErr, net.ErrClosed) {
+			err = errors.Join(err, closeErr)
+		}
+	}
+	a.serving.Wait()
+	if a.replica != nil {
+		err = errors.Join(err, a.replica.Close(ctx))
+	}
+	if a.data != nil {
+		err = errors.Join(err, a.data.Close())
+	}
+	if a.temp != "" {
+		err = errors.Join(err, os.RemoveAll(a.temp))
+	}
+	a.logger.Info("stopped", "after", time.Since(begin).Round(time.Millisecond))
+	return err
+}
+
+// Reload applies what a new configuration changes and can be changed while
+// running, and returns all changes, those that need a restart included.
+func (a *Agent) Reload(cfg *config.Config) []config.Change {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	changes := config.Changes(a.config, cfg)
+	for _, c := range changes {
+		if c.Live {
+			a.logger.Info("configuration changed", "key", c.Key, "from", c.Old, "to", c.New)
+		} else {
+			a.logger.Warn("configuration changed, but takes effect with the next start only", "key", c.Key, "from", c.Old, "to", c.New)
+		}
+	}
+	a.logger.SetLevel(hclog.LevelFromString(cfg.LogLevel))
+	// What needs a restart stays what it is, so that the next reload says so
+	// again.
+	a.config = withLive(a.config, cfg)
+	return changes
+}
+
+func withLive(running, wanted *config.Config) *config.Config {
+	c := *running
+	c.LogLevel = wanted.LogLevel
+	return &c
+}

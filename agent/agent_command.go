@@ -1,0 +1,187 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/diurnalog/diurna/agent/config"
+	"github.com/diurnalog/diurna/rpc/cli/flags"
+)
+
+// agentCommand runs a node until it is told to stop.
+type agentCommand struct {
+	stdout, stderr io.Writer
+	version        string
+	// signals starts the delivery of INT, TERM and HUP.
+	signals func() (<-chan os.Signal, func())
+	// exit ends the process at once.
+	exit func(code int)
+}
+
+func osSignals() (<-chan os.Signal, func()) {
+	ch := make(chan os.Signal, 4)
+	signal.Notify(ch, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	return ch, func() { signal.Stop(ch) }
+}
+
+// Synopsis implements cli.Command.
+func (c *agentCommand) Synopsis() string { return "Run a node" }
+
+func (c *agentCommand) options(src *config.Sources) *flags.Set {
+	f := flags.New()
+	f.Adopt(src.Register)
+	return f
+}
+
+// Help implements cli.Command.
+func (c *agentCommand) Help() string {
+	return c.options(&config.Sources{}).Help("diurna agent [options]", `
+Runs a node in the foreground. It logs to standard error.
+
+INT (Ctrl-C) and TERM stop it cleanly: it takes no more calls, answers those
+under way, closes the log and exits 0. A second one ends it at once, with 1.
+HUP reads the configuration again and applies what can change while it runs.
+
+Exits 1 when it cannot start, 2 when it had to give up serving, and 3 when a
+disk failed under it: then nothing more was acknowledged, and what was is on
+disk. Look at the disk before you start it again.
+`, `
+Examples:
+
+  Try it, with data that is gone at the end:
+
+      $ diurna agent -dev
+
+  The same, with data that stays, at another port:
+
+      $ diurna agent -dev -data-dir ./data -rpc-addr 127.0.0.1:9400
+
+  With configuration files:
+
+      $ diurna agent -config-dir /etc/diurna.d
+`)
+}
+
+// Run implements cli.Command.
+func (c *agentCommand) Run(args []string) int {
+	var src config.Sources
+	if err := c.options(&src).Parse(args); err != nil {
+		return usageError(c.stderr, "agent", err)
+	}
+	cfg, ok := loadConfig(src, c.stderr)
+	if !ok {
+		return exitUsage
+	}
+	logger := newLogger(cfg, c.stderr)
+	// Before anything that a signal would have to end cleanly.
+	signals, unsubscribe := c.signals()
+	defer unsubscribe()
+
+	a, err := Start(cfg, Options{Logger: logger, Version: c.version, OnFatal: func(err error) {
+		c.fail(cfg, logger, "the disk failed; stopping, so that nothing is acknowledged that is not on it", err)
+		c.exit(exitStorage)
+	}})
+	if err != nil {
+		c.fail(cfg, logger, "cannot start", err)
+		return exitUsage
+	}
+	return c.supervise(a, cfg, src, logger, signals)
+}
+
+// fail tells an error where somebody will see it: as log, or as plain text
+// beside logs for people.
+func (c *agentCommand) fail(cfg *config.Config, logger hclog.Logger, what string, err error) {
+	if cfg.LogJSON {
+		logger.Error(what, "error", err)
+		return
+	}
+	fmt.Fprintf(c.stderr, "Error: %s: %v\n", what, err)
+}
+
+// supervise runs a started node until it is to end, and ends it.
+func (c *agentCommand) supervise(a *Agent, cfg *config.Config, src config.Sources, logger hclog.Logger, signals <-chan os.Signal) int {
+	ctx, cancel := context.WithCancel(context.Background())
+	ready := make(chan error, 1)
+	go func() { ready <- a.WaitReady(ctx) }()
+	waiting := true
+	code := exitOK
+	for running := true; running; {
+		select {
+		case err := <-ready:
+			waiting = false
+			ready = nil
+			if err != nil {
+				logger.Error("not ready", "error", err)
+			} else if cfg.Dev && !cfg.LogJSON {
+				c.banner(a)
+			}
+		case err := <-a.Failed():
+			c.fail(cfg, logger, "cannot serve any more", err)
+			code, running = exitServer, false
+		case s := <-signals:
+			if s == syscall.SIGHUP {
+				c.reload(a, src, logger)
+				continue
+			}
+			logger.Info("stopping", "signal", s.String())
+			running = false
+		}
+	}
+	cancel()
+	if waiting {
+		<-ready
+	}
+	return max(code, c.stop(a, cfg, logger, signals))
+}
+
+// stop ends the node cleanly; another signal ends the process at once.
+func (c *agentCommand) stop(a *Agent, cfg *config.Config, logger hclog.Logger, signals <-chan os.Signal) int {
+	ctx, cancel := context.WithTimeout(context.Background(), cfg.ShutdownTimeout)
+	defer cancel()
+	stopped := make(chan error, 1)
+	go func() { stopped <- a.Stop(ctx) }()
+	for {
+		select {
+		case err := <-stopped:
+			if err != nil {
+				c.fail(cfg, logger, "not stopped cleanly", err)
+				return exitUsage
+			}
+			return exitOK
+		case s := <-signals:
+			if s == syscall.SIGHUP {
+				continue
+			}
+			logger.Warn("stopping at once", "signal", s.String())
+			c.exit(exitUsage)
+			return exitUsage
+		}
+	}
+}
+
+func (c *agentCommand) reload(a *Agent, src config.Sources, logger hclog.Logger) {
+	cfg, err := config.Load(src)
+	if err != nil {
+		// The running configuration stays.
+		logger.Error("configuration not reloaded", "error", err)
+		return
+	}
+	if changes := a.Reload(cfg); len(changes) == 0 {
+		logger.Info("configuration reloaded; nothing has changed")
+	}
+}
+
+// banner is the two lines to try, for the address this node really has.
+func (c *agentCommand) banner(a *Agent) {
+	addr := ""
+	if a.Address() != "127.0.0.1:8400" {
+		addr = " -addr " + a.Address()
+	}
+	fmt.Fprintf(c.stdout, "\nReady. In another terminal:\n\n    seq 1 100000 | diurna produce%s\n    diurna consume%s\n\n", addr, addr)
+}
