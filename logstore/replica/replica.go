@@ -188,8 +188,10 @@ func (r *Replica) Err() error {
 // Propose hands a batch to the log and returns at once with a handle on its
 // outcome. Batches of one goroutine are appended in the order of its calls.
 // With wait it blocks for room, until ctx ends; without, it fails with
-// ErrOverloaded. Until the batch is handed to Raft, the end of ctx withdraws
-// it. An error means that nothing was, or will be, appended.
+// ErrOverloaded. ctx bounds only this call: once it has returned a handle, the
+// batch stays in line whatever becomes of ctx, since a stream that has ended
+// still wants what it sent to be appended. An error means that nothing was, or
+// will be, appended.
 func (r *Replica) Propose(ctx context.Context, p Proposal, wait bool) (*Pending, error) {
 	if err := r.Err(); err != nil {
 		return nil, err

@@ -34,7 +34,6 @@ type Ack struct {
 // Pending is a proposal that is under way.
 type Pending struct {
 	p    Proposal
-	ctx  context.Context
 	size int64
 	done chan struct{}
 	ack  Ack
@@ -131,7 +130,7 @@ func (s *sequencer) propose(ctx context.Context, p Proposal, wait bool) (*Pendin
 	} else if !s.room.TryAcquire(size) {
 		return nil, ErrOverloaded
 	}
-	pending := &Pending{p: p, ctx: ctx, size: size, done: make(chan struct{})}
+	pending := &Pending{p: p, size: size, done: make(chan struct{})}
 	if err := s.enqueue(pending); err != nil {
 		s.room.Release(size)
 		return nil, err
@@ -316,10 +315,6 @@ func (s *sequencer) sequence(batch []*Pending, next *uint64, now int64) *group {
 	size := 0
 	for _, p := range batch {
 		switch {
-		case p.ctx.Err() != nil:
-			// Nobody waits for it any more, and it is not too late to say so.
-			p.err = context.Cause(p.ctx)
-			g.refused = append(g.refused, p)
 		case p.p.Expected != nil && *p.p.Expected != *next:
 			p.err = &OffsetMismatchError{Expected: *p.p.Expected, Next: *next}
 			g.refused = append(g.refused, p)
