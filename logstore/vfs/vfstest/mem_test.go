@@ -169,6 +169,16 @@ func TestCrash(t *testing.T) {
 			},
 			"a=\x00\x00", "a=\x00\x00", []string{"a=\x00\x00"},
 		},
+		"truncated and grown, each synced": {
+			func(d disk) {
+				f := d.durable("a", "xy")
+				must(d.t, f.Truncate(0))
+				d.sync(f)
+				must(d.t, f.Preallocate(2))
+				d.sync(f)
+			},
+			"a=\x00\x00", "a=\x00\x00", []string{"a=\x00\x00"},
+		},
 		"grown": {
 			func(d disk) { must(d.t, d.durable("a", "x").Preallocate(2)) },
 			"a=x", "a=x\x00", []string{"a=x", "a=x\x00"},
