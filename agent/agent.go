@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-	"github.com/hashicorp/raft"
 
 	"github.com/diurnalog/diurna/agent/config"
 	"github.com/diurnalog/diurna/logstore/replica"
@@ -81,12 +80,10 @@ func Start(cfg *config.Config, opts Options) (a *Agent, err error) {
 		return nil, err
 	}
 
-	_, transport := raft.NewInmemTransport(raft.ServerAddress(a.address))
 	a.replica, err = replica.Open(replica.Config{
 		Dir:                a.data.log(rpc.DefaultLog),
 		ID:                 a.data.nodeID,
 		Address:            a.address,
-		Transport:          transport,
 		Bootstrap:          true,
 		SegmentSize:        cfg.Log.SegmentSize,
 		EntryBytes:         int(max(cfg.Limits.MaxBatch, 1<<20)),

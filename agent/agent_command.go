@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"os"
 	"os/signal"
@@ -101,7 +100,7 @@ func (c *agentCommand) fail(cfg *config.Config, logger hclog.Logger, what string
 		logger.Error(what, "error", err)
 		return
 	}
-	fmt.Fprintf(c.stderr, "Error: %s: %v\n", what, err)
+	say(c.stderr, "Error: %s: %v\n", what, err)
 }
 
 // supervise runs a started node until it is to end, and ends it.
@@ -183,5 +182,5 @@ func (c *agentCommand) banner(a *Agent) {
 	if a.Address() != "127.0.0.1:8400" {
 		addr = " -addr " + a.Address()
 	}
-	fmt.Fprintf(c.stdout, "\nReady. In another terminal:\n\n    seq 1 100000 | diurna produce%s\n    diurna consume%s\n\n", addr, addr)
+	say(c.stdout, "\nReady. In another terminal:\n\n    seq 1 100000 | diurna produce%s\n    diurna consume%s\n\n", addr, addr)
 }

@@ -51,11 +51,11 @@ func printConfigError(err error, stderr io.Writer) {
 			return
 		}
 	}
-	fmt.Fprintf(stderr, "Error: %v\n", err)
+	say(stderr, "Error: %v\n", err)
 }
 
 func usageError(stderr io.Writer, verb string, err error) int {
-	fmt.Fprintf(stderr, "Error: %v Run `diurna %s -help` for all of it.\n", sentence(err), verb)
+	say(stderr, "Error: %v Run `diurna %s -help` for all of it.\n", sentence(err), verb)
 	return exitUsage
 }
 
@@ -113,7 +113,7 @@ func (c *validateCommand) Run(args []string) int {
 		info, err := os.Stat(path)
 		switch {
 		case err != nil:
-			fmt.Fprintf(c.stderr, "Error: %v\n", err)
+			say(c.stderr, "Error: %v\n", err)
 			return exitUsage
 		case info.IsDir():
 			src.Dirs = append(src.Dirs, path)
@@ -124,6 +124,9 @@ func (c *validateCommand) Run(args []string) int {
 	if _, ok := loadConfig(src, c.stderr); !ok {
 		return exitUsage
 	}
-	fmt.Fprintln(c.stdout, "The configuration is valid.")
+	say(c.stdout, "The configuration is valid.\n")
 	return exitOK
 }
+
+// say writes for people. When that fails there is nowhere left to say so.
+func say(w io.Writer, format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) }

@@ -114,8 +114,6 @@ func (m *model) deletePrefix(first uint64) {
 	m.first = first
 }
 
-func (m *model) entry(index uint64) Entry { return m.entries[index-m.first] }
-
 func equalEntries(a, b Entry) bool {
 	return a.Index == b.Index && a.Term == b.Term && a.Type == b.Type && a.Count == b.Count &&
 		a.BaseOffset == b.BaseOffset && a.AppendTime == b.AppendTime && bytes.Equal(a.Payload, b.Payload)

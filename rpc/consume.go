@@ -180,7 +180,7 @@ var errStopping = errors.New("the server is stopping")
 // orShutdown replaces an error that only shows that the server is shutting
 // down by one that tells the reader where to go on.
 func (s *Service) orShutdown(ctx context.Context, err error, next *uint64) error {
-	if context.Cause(ctx) == errStopping && errors.Is(err, context.Canceled) || errors.Is(err, ErrClosed) {
+	if errors.Is(context.Cause(ctx), errStopping) && errors.Is(err, context.Canceled) || errors.Is(err, ErrClosed) {
 		return &shutdownError{next: next}
 	}
 	return err

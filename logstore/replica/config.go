@@ -30,7 +30,8 @@ type Config struct {
 	ID string
 	// Address is what other servers reach this one at.
 	Address string
-	// Transport connects to the other servers. The replica closes it.
+	// Transport connects to the other servers. The replica closes it. Default:
+	// one that reaches nobody, for a group of one.
 	Transport raft.Transport
 	// Bootstrap makes this server, if it holds nothing yet, the only voter of a
 	// new cluster.
@@ -82,6 +83,9 @@ func (c *Config) applyDefaultsAndValidate() error {
 	if c.InFlightBytes == 0 {
 		c.InFlightBytes = 64 << 20
 	}
+	if c.Transport == nil {
+		_, c.Transport = raft.NewInmemTransport(raft.ServerAddress(c.Address))
+	}
 	def(&c.HeartbeatTimeout, 2*time.Second)
 	def(&c.ElectionTimeout, 2*time.Second)
 	def(&c.LeaderLeaseTimeout, min(1500*time.Millisecond, c.HeartbeatTimeout))
@@ -99,8 +103,6 @@ func (c *Config) applyDefaultsAndValidate() error {
 	switch {
 	case c.Dir == "", c.ID == "", c.Address == "":
 		return errors.New("a replica needs a directory, an id and an address")
-	case c.Transport == nil:
-		return errors.New("a replica needs a transport")
 	case c.EntryBytes < 1<<10 || c.EntryBytes > maxRPCBytes/8:
 		return fmt.Errorf("entry size %d is not between 1 KiB and %d", c.EntryBytes, maxRPCBytes/8)
 	case c.InFlightBytes < int64(c.EntryBytes)+proposalOverhead:

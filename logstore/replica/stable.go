@@ -10,6 +10,7 @@ import (
 	"github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 	"go.etcd.io/bbolt"
+	bbolterrors "go.etcd.io/bbolt/errors"
 )
 
 // stableStore keeps Raft's term and vote in BoltDB, each value with a checksum
@@ -43,7 +44,7 @@ func openStable(file string) (s *stableStore, err error) {
 		Timeout: 5 * time.Second,
 	}})
 	switch {
-	case errors.Is(err, bbolt.ErrInvalid), errors.Is(err, bbolt.ErrChecksum), errors.Is(err, bbolt.ErrVersionMismatch):
+	case errors.Is(err, bbolterrors.ErrInvalid), errors.Is(err, bbolterrors.ErrChecksum), errors.Is(err, bbolterrors.ErrVersionMismatch):
 		return nil, &CorruptError{file, err.Error()}
 	case err != nil:
 		return nil, fmt.Errorf("open %s: %w", file, err)

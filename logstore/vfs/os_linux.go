@@ -1,6 +1,7 @@
 package vfs
 
 import (
+	"errors"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -20,7 +21,7 @@ func allocate(f *os.File, off, size int64) error {
 // reported a write error, so that repeating it hides none.
 func retryEINTR(call func() error) error {
 	for {
-		if err := call(); err != unix.EINTR {
+		if err := call(); !errors.Is(err, unix.EINTR) {
 			return err
 		}
 	}

@@ -97,7 +97,7 @@ func (m *Meta) Run(args []string, more map[string]hcli.CommandFactory) int {
 
 	verb := c.Subcommand()
 	switch {
-	case len(args) > 0 && strings.HasPrefix(args[0], "-") && !(known(commands, verb) || topLevel(c, args[0])):
+	case len(args) > 0 && strings.HasPrefix(args[0], "-") && !known(commands, verb) && !topLevel(c, args[0]):
 		m.errorf("unknown option %s. The options of a command come after it: diurna <command> [options].", args[0])
 		return ExitUsage
 	case verb != "" && !known(commands, verb):

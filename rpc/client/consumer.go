@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"errors"
 	"io"
 	"strconv"
 	"time"
@@ -152,7 +153,7 @@ func (c *Client) Consume(ctx context.Context, opts ConsumeOptions) (*Consumer, e
 	if err == nil {
 		err = stream.CloseSend()
 	}
-	if err != nil && err != io.EOF { // after EOF the reason is received below
+	if err != nil && !errors.Is(err, io.EOF) { // after EOF the reason is received below
 		cancel()
 		return nil, c.wrap(err, true)
 	}
@@ -194,7 +195,7 @@ func (r *Consumer) receive(ctx context.Context) {
 			return
 		}
 		if err := r.stream.RecvMsg(m); err != nil {
-			if err != io.EOF {
+			if !errors.Is(err, io.EOF) {
 				r.ended = err
 			}
 			return

@@ -136,7 +136,9 @@ func TestContract(t *testing.T) {
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel()
 		_ = svc.Shutdown(ctx) // hard, so it says that ctx ended
-		<-served
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
 	}()
 	c, err := Dial("real", WithDialer(func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }))
 	if err != nil {

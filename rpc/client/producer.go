@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -275,7 +276,7 @@ func (p *Producer) send() {
 			return
 		case b != nil:
 			err := p.stream.SendMsg(&encoded{mem.NewBuffer(b.buf, &p.pool)})
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				return // receive gets the reason
 			}
 			if err != nil {
