@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -26,7 +27,12 @@ type Options struct {
 	// OnFatal is called when the disk failed and the process has to end, from
 	// wherever that was noticed. Default: nothing; see Agent.Failed.
 	OnFatal func(error)
+
+	fs vfs.FS // where tests have the disk fail; vfs.OS if nil
 }
+
+// ErrStopping ends the waits of a node that is being stopped.
+var ErrStopping = errors.New("the node is stopping")
 
 // Agent is a running node. Make one with Start, end it with Stop.
 type Agent struct {
@@ -40,6 +46,9 @@ type Agent struct {
 
 	serving  sync.WaitGroup
 	serveErr chan error
+
+	stopping context.Context // ends when Stop begins
+	halt     context.CancelFunc
 	stopOnce sync.Once
 	stopErr  error
 
@@ -47,14 +56,18 @@ type Agent struct {
 	config *config.Config // as last applied
 }
 
-// Start starts a node, in this order: data directory, port, log, service. It
+// Start starts a node, in this order: port, data directory, log, service. It
 // returns when the node serves; WaitReady tells when it takes records. If
 // anything fails, what was started is stopped, and nothing is left behind.
 func Start(cfg *config.Config, opts Options) (a *Agent, err error) {
 	if opts.Logger == nil {
 		opts.Logger = hclog.NewNullLogger()
 	}
+	if opts.fs == nil {
+		opts.fs = vfs.OS
+	}
 	a = &Agent{logger: opts.Logger, config: cfg, serveErr: make(chan error, 1)}
+	a.stopping, a.halt = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
 			ctx, cancel := context.WithTimeout(context.Background(), cfg.ShutdownTimeout)
@@ -63,6 +76,14 @@ func Start(cfg *config.Config, opts Options) (a *Agent, err error) {
 		}
 	}()
 
+	// First, so that a port that is taken, the most likely mistake, does not
+	// leave a new data directory behind.
+	if a.listen, err = net.Listen("tcp", cfg.Listener.RPC); err != nil {
+		return nil, fmt.Errorf("%w: choose another address with -rpc-addr or listener.rpc", err)
+	}
+	if a.address, err = advertised(cfg.Listener.Advertise, a.listen.Addr()); err != nil {
+		return nil, err
+	}
 	dir := cfg.DataDir
 	if dir == "" {
 		if dir, err = os.MkdirTemp("", "diurna-dev-"); err != nil {
@@ -70,18 +91,13 @@ func Start(cfg *config.Config, opts Options) (a *Agent, err error) {
 		}
 		a.temp = dir
 	}
-	if a.data, err = openDataDir(vfs.OS, dir); err != nil {
-		return nil, err
-	}
-	if a.listen, err = net.Listen("tcp", cfg.Listener.RPC); err != nil {
-		return nil, fmt.Errorf("%w: choose another address with -rpc-addr or listener.rpc", err)
-	}
-	if a.address, err = advertised(cfg.Listener.Advertise, a.listen.Addr()); err != nil {
+	if a.data, err = openDataDir(opts.fs, dir); err != nil {
 		return nil, err
 	}
 
 	a.replica, err = replica.Open(replica.Config{
 		Dir:                a.data.log(rpc.DefaultLog),
+		FS:                 opts.fs,
 		ID:                 a.data.nodeID,
 		Address:            a.address,
 		Bootstrap:          true,
@@ -147,10 +163,17 @@ func (a *Agent) Address() string { return a.address }
 // NodeID is the node's id, which is kept with its data.
 func (a *Agent) NodeID() string { return a.data.nodeID }
 
-// WaitReady returns once the node takes records and says so to health checks.
+// WaitReady returns once the node takes records and says so to health checks,
+// or with ctx's error, ErrStopping, or what made the disk fail.
 func (a *Agent) WaitReady(ctx context.Context) error {
 	begin := time.Now()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(a.stopping, cancel)()
 	if err := a.replica.WaitReady(ctx); err != nil {
+		if a.stopping.Err() != nil {
+			return ErrStopping
+		}
 		return err
 	}
 	a.rpc.SetServing(true)
@@ -163,18 +186,39 @@ func (a *Agent) WaitReady(ctx context.Context) error {
 func (a *Agent) Failed() <-chan error { return a.serveErr }
 
 // Stop ends the node cleanly: it takes no more calls, answers those under way,
-// and closes the log. What is not done when ctx ends is cut off. Further calls
-// return the first one's result.
+// and closes the log. It returns when ctx ends at the latest: shortly before
+// that, calls still under way are cut off; and what cannot be ended, because
+// the disk hangs, is left behind, with the data directory's lock, for the end
+// of the process. Further calls return the first one's result.
 func (a *Agent) Stop(ctx context.Context) error {
-	a.stopOnce.Do(func() { a.stopErr = a.stop(ctx) })
+	a.stopOnce.Do(func() {
+		a.halt()
+		begin := time.Now()
+		var doing atomic.Value // what the goroutine is at
+		doing.Store("")
+		done := make(chan error, 1)
+		go func() { done <- a.stop(ctx, func(what string) { doing.Store(what) }) }()
+		select {
+		case a.stopErr = <-done:
+			a.logger.Info("stopped", "after", time.Since(begin).Round(time.Millisecond))
+		case <-ctx.Done():
+			select {
+			case a.stopErr = <-done: // at the last moment
+			default:
+				a.stopErr = fmt.Errorf("%s takes too long, perhaps because a disk hangs; left as it is, which loses nothing that was acknowledged: %w", doing.Load(), ctx.Err())
+			}
+		}
+	})
 	return a.stopErr
 }
 
-func (a *Agent) stop(ctx context.Context) error {
+func (a *Agent) stop(ctx context.Context, doing func(string)) error {
 	var err error
-	begin := time.Now()
 	if a.rpc != nil {
-		err = errors.Join(err, a.rpc.Shutdown(ctx))
+		doing("ending calls")
+		draining, cancel := whileDraining(ctx)
+		err = errors.Join(err, a.rpc.Shutdown(draining))
+		cancel()
 	}
 	if a.listen != nil {
 		// The service closes it; this is for a start that failed before.
@@ -184,16 +228,26 @@ func (a *Agent) stop(ctx context.Context) error {
 	}
 	a.serving.Wait()
 	if a.replica != nil {
+		doing("closing the log")
 		err = errors.Join(err, a.replica.Close(ctx))
 	}
 	if a.data != nil {
 		err = errors.Join(err, a.data.Close())
 	}
 	if a.temp != "" {
+		doing("removing the data")
 		err = errors.Join(err, os.RemoveAll(a.temp))
 	}
-	a.logger.Info("stopped", "after", time.Since(begin).Round(time.Millisecond))
 	return err
+}
+
+// whileDraining leaves a part of the time to close the log in.
+func whileDraining(ctx context.Context) (context.Context, context.CancelFunc) {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithDeadline(ctx, deadline.Add(-min(time.Second, time.Until(deadline)/4)))
 }
 
 // Reload applies what a new configuration changes and can be changed while

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"io"
 	"os"
 	"os/signal"
@@ -10,6 +11,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/diurnalog/diurna/agent/config"
+	"github.com/diurnalog/diurna/logstore/vfs"
 	"github.com/diurnalog/diurna/rpc/cli/flags"
 )
 
@@ -17,6 +19,10 @@ import (
 type agentCommand struct {
 	stdout, stderr io.Writer
 	version        string
+	// program is how the user called it.
+	program string
+	// fs is where tests have the disk fail; nil is the machine's.
+	fs vfs.FS
 	// signals starts the delivery of INT, TERM and HUP.
 	signals func() (<-chan os.Signal, func())
 	// exit ends the process at once.
@@ -82,15 +88,66 @@ func (c *agentCommand) Run(args []string) int {
 	signals, unsubscribe := c.signals()
 	defer unsubscribe()
 
-	a, err := Start(cfg, Options{Logger: logger, Version: c.version, OnFatal: func(err error) {
-		c.fail(cfg, logger, "the disk failed; stopping, so that nothing is acknowledged that is not on it", err)
-		c.exit(exitStorage)
-	}})
-	if err != nil {
-		c.fail(cfg, logger, "cannot start", err)
-		return exitUsage
+	a, code := c.start(cfg, src, logger, signals)
+	if a == nil {
+		return code
 	}
 	return c.supervise(a, cfg, src, logger, signals)
+}
+
+// start starts the node, which takes a while if there is much to recover, and
+// returns it; or nil and the exit code.
+func (c *agentCommand) start(cfg *config.Config, src config.Sources, logger hclog.Logger, signals <-chan os.Signal) (*Agent, int) {
+	type result struct {
+		agent *Agent
+		err   error
+	}
+	started := make(chan result, 1)
+	go func() {
+		a, err := Start(cfg, Options{Logger: logger, Version: c.version, fs: c.fs, OnFatal: func(err error) {
+			c.diskFailed(cfg, logger, err)
+			c.exit(exitStorage)
+		}})
+		started <- result{a, err}
+	}()
+	stop, reload := false, false
+	for {
+		select {
+		case r := <-started:
+			switch {
+			case r.err != nil:
+				c.fail(cfg, logger, "cannot start", r.err)
+				return nil, exitUsage
+			case stop:
+				return nil, c.stop(r.agent, cfg, logger, signals)
+			case reload:
+				c.reload(r.agent, src, logger)
+			}
+			return r.agent, exitOK
+		case s := <-signals:
+			switch {
+			case s == syscall.SIGHUP:
+				reload = true
+			case stop:
+				return nil, c.stopAtOnce(logger, s)
+			default:
+				logger.Info("stopping once it has started", "signal", s.String())
+				stop = true
+			}
+		}
+	}
+}
+
+func (c *agentCommand) diskFailed(cfg *config.Config, logger hclog.Logger, err error) {
+	what, advice := "the disk failed", "Nothing more is acknowledged, and what was is on it. Look at the disk before you start the node again."
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		what, advice = "the disk is full", "What was acknowledged is on it. Make room, then start the node again."
+	}
+	if cfg.LogJSON {
+		logger.Error(what, "error", err, "advice", advice)
+		return
+	}
+	say(c.stderr, "Error: %s: %v. %s\n", what, err, advice)
 }
 
 // fail tells an error where somebody will see it: as log, or as plain text
@@ -134,7 +191,7 @@ func (c *agentCommand) supervise(a *Agent, cfg *config.Config, src config.Source
 	}
 	cancel()
 	if waiting {
-		<-ready
+		_ = <-ready // ended by ctx
 	}
 	return max(code, c.stop(a, cfg, logger, signals))
 }
@@ -157,11 +214,15 @@ func (c *agentCommand) stop(a *Agent, cfg *config.Config, logger hclog.Logger, s
 			if s == syscall.SIGHUP {
 				continue
 			}
-			logger.Warn("stopping at once", "signal", s.String())
-			c.exit(exitUsage)
-			return exitUsage
+			return c.stopAtOnce(logger, s)
 		}
 	}
+}
+
+func (c *agentCommand) stopAtOnce(logger hclog.Logger, s os.Signal) int {
+	logger.Warn("stopping at once", "signal", s.String())
+	c.exit(exitUsage)
+	return exitUsage
 }
 
 func (c *agentCommand) reload(a *Agent, src config.Sources, logger hclog.Logger) {
@@ -182,5 +243,5 @@ func (c *agentCommand) banner(a *Agent) {
 	if a.Address() != "127.0.0.1:8400" {
 		addr = " -addr " + a.Address()
 	}
-	say(c.stdout, "\nReady. In another terminal:\n\n    seq 1 100000 | diurna produce%s\n    diurna consume%s\n\n", addr, addr)
+	say(c.stdout, "\nReady. In another terminal:\n\n    seq 1 100000 | %[1]s produce%[2]s\n    %[1]s consume%[2]s\n\n", c.program, addr)
 }

@@ -29,7 +29,7 @@ func Commands(version string) map[string]cli.CommandFactory {
 		return func() (cli.Command, error) { return c, nil }
 	}
 	return map[string]cli.CommandFactory{
-		"agent":    verb(&agentCommand{stdout: os.Stdout, stderr: os.Stderr, version: version, signals: osSignals, exit: os.Exit}),
+		"agent":    verb(&agentCommand{stdout: os.Stdout, stderr: os.Stderr, version: version, program: os.Args[0], signals: osSignals, exit: os.Exit}),
 		"validate": verb(&validateCommand{stdout: os.Stdout, stderr: os.Stderr}),
 	}
 }
