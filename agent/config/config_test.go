@@ -139,7 +139,7 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := defaults(testHost())
-	want.Dev = true
+	want.forDev()
 	if !reflect.DeepEqual(dev, want) || dev.Node.Name != "box" {
 		t.Errorf("got %+v, want %+v", dev, want)
 	}
@@ -304,7 +304,8 @@ func TestFlags(t *testing.T) {
 	}
 	c := mustLoad(t, src)
 	want := defaults(testHost())
-	want.Dev, want.DataDir, want.Node.Name, want.LogLevel, want.LogJSON = true, "/d", "n", "trace", true
+	want.forDev()
+	want.DataDir, want.Node.Name, want.LogLevel, want.LogJSON = "/d", "n", "trace", true
 	want.Listener.RPC, want.Listener.Advertise = "127.0.0.1:1", "127.0.0.1:1"
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("got  %+v\nwant %+v", c, want)
