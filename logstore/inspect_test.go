@@ -128,7 +128,7 @@ func TestInspectFindings(t *testing.T) {
 		"checkpoint from the future": {file: 1, other: "checkpoint", change: newerCheckpoint, index: OK, check: Wrong, want: "use a newer Diurna"},
 		"next segment of other frames": {file: 1, other: "next", change: func(b []byte) []byte { b[64]++; resumHead(b, segmentHeaderSize); return b },
 			index: OK, check: OK, ending: EndDamaged, want: "follows"},
-		"next segment of another log": {clean: true, file: 1, other: "next", change: func(b []byte) []byte { b[20]++; resumHead(b, segmentHeaderSize); return b },
+		"next segment of another log": {clean: true, file: 1, other: "next", change: func(b []byte) []byte { b[20]++; b[64]++; resumHead(b, segmentHeaderSize); return b },
 			index: OK, check: OK},
 	}
 	for name, tt := range tests {
@@ -185,6 +185,41 @@ func newerCheckpoint(b []byte) []byte {
 	return b
 }
 
+// TestInspectMarks: with no other file to ask, the marks in frames tell a write
+// that was cut short from bytes that have been durable.
+func TestInspectMarks(t *testing.T) {
+	for _, group := range []bool{false, true} {
+		fsys := vfstest.New()
+		l := mustOpen(t, smallOptions(fsys))
+		entries := []Entry{{Index: 1, Term: 1}, {Index: 2, Term: 1}, {Index: 3, Term: 1}}
+		if group {
+			must(t, l.Append(entries))
+		} else {
+			for i := range entries {
+				must(t, l.Append(entries[i:i+1]))
+			}
+		}
+		crashed := fsys.CrashClone(nil, vfstest.All)
+		must(t, l.Close())
+		name := segments(crashed)[0]
+		must(t, crashed.Remove(testDir+"/"+checkpointName))
+
+		want, durable := EndDamaged, uint64(2)
+		if group {
+			want, durable = EndTorn, 0
+		}
+		r, err := Inspect(crashed, name, nil)
+		if err != nil || r.Ending != EndClean || r.LastIndex != 3 || r.Durable != durable || r.Checkpoint != Missing {
+			t.Errorf("group %v: %+v, %v", group, r, err)
+		}
+		must(t, crashed.Mutate(name, func(b []byte) []byte { b[segmentHeaderSize+HeaderSize+20]++; return b }))
+		r, err = Inspect(crashed, name, nil)
+		if err != nil || r.Ending != want || r.LastIndex != 1 || r.Durable != durable {
+			t.Errorf("group %v: %+v, %v", group, r, err)
+		}
+	}
+}
+
 // TestInspectLeftovers stops a truncation, and a deletion of a prefix, in the
 // middle: what is yet to be removed is not called damaged.
 func TestInspectLeftovers(t *testing.T) {
@@ -232,7 +267,7 @@ func TestInspectLeftovers(t *testing.T) {
 			if got != tt.want[i] {
 				t.Errorf("%s, %v: %s is %s, want %s: %+v, %v", tt.kind, tt.delete, name, got, tt.want[i], r, err)
 			}
-			if got == "torn" && (r.LastIndex != from-1 || !strings.Contains(r.Detail, "truncation down to index 2")) {
+			if got == "torn" && (r.LastIndex != from-1 || r.Durable != from-1 || r.Sealed || !strings.Contains(r.Detail, "truncation down to index 2")) {
 				t.Errorf("ends at %d: %s", r.LastIndex, r.Detail)
 			}
 		}
