@@ -407,3 +407,18 @@ func TestInspectWhileOpen(t *testing.T) {
 	t.Logf("seen: %v", seen)
 	must(t, l.Close())
 }
+
+// TestInspectSealedAlone: the next segment cannot say where this one ends, but
+// the checkpoint says that there was one.
+func TestInspectSealedAlone(t *testing.T) {
+	fsys, _ := fuzzLog(t, true)
+	names := segments(fsys)
+	r, err := Inspect(fsys, names[1], nil)
+	must(t, err)
+	must(t, fsys.Mutate(names[1], func(b []byte) []byte { b[r.Position-20]++; return b }))
+	must(t, fsys.Mutate(names[2], func(b []byte) []byte { clear(b); return b }))
+	r, err = Inspect(fsys, names[1], nil)
+	if err != nil || r.Ending != EndDamaged || !r.Sealed || !strings.Contains(r.Detail, "was sealed") {
+		t.Errorf("%+v, %v", r, err)
+	}
+}
