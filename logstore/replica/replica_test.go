@@ -3,57 +3,7 @@ package replica
 import (
 	"context"
 	"testing"
-	"time"
-
-	"github.com/hashicorp/raft"
-	"go.uber.org/goleak"
 )
-
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
-
-func testConfig(t testing.TB, dir string) Config {
-	addr, transport := raft.NewInmemTransport("")
-	_ = addr
-	return Config{
-		Dir: dir, ID: "a", Address: "a:1", Transport: transport, Bootstrap: true,
-		HeartbeatTimeout: 50 * time.Millisecond, ElectionTimeout: 50 * time.Millisecond, LeaderLeaseTimeout: 50 * time.Millisecond,
-	}
-}
-
-func mustOpen(t testing.TB, cfg Config) *Replica {
-	t.Helper()
-	r, err := Open(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	if err := r.WaitReady(ctx); err != nil {
-		t.Fatal(err)
-	}
-	return r
-}
-
-func mustClose(t testing.TB, r *Replica) {
-	t.Helper()
-	if err := r.Close(context.Background()); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func mustPropose(t testing.TB, r *Replica, records string, count uint32) Ack {
-	t.Helper()
-	p, err := r.Propose(context.Background(), Proposal{Records: []byte(records), Count: count}, true)
-	if err != nil {
-		t.Fatal(err)
-	}
-	<-p.Done()
-	ack, err := p.Result()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ack
-}
 
 func TestRestart(t *testing.T) {
 	dir := t.TempDir()

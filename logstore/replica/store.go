@@ -76,16 +76,22 @@ func (s *logStore) GetLog(index uint64, out *raft.Log) error {
 	switch {
 	case errors.Is(err, logstore.ErrNotFound):
 		return raft.ErrLogNotFound
+	case errors.Is(err, logstore.ErrClosed):
+		// Only Raft's metrics can ask so late: their goroutine is the one that
+		// its shutdown does not wait for.
+		return err
 	case err != nil:
 		s.fatal(err)
 		panic(fmt.Sprintf("raft needs log entry %d, which cannot be read: %v", index, err))
 	}
 	*out = raft.Log{
-		Index:      e.Index,
-		Term:       e.Term,
-		Type:       raft.LogType(e.Type),
-		Data:       e.Payload,
-		AppendedAt: time.Unix(0, e.AppendTime),
+		Index: e.Index,
+		Term:  e.Term,
+		Type:  raft.LogType(e.Type),
+		Data:  e.Payload,
+	}
+	if e.AppendTime > 0 {
+		out.AppendedAt = time.Unix(0, e.AppendTime)
 	}
 	if e.Count > 0 {
 		out.Extensions = encodeExtensions(e.BaseOffset, e.Count, e.AppendTime)
@@ -109,9 +115,9 @@ func (s *logStore) StoreLogs(logs []*raft.Log) error {
 		if err != nil {
 			return err
 		}
-		if count == 0 && !l.AppendedAt.IsZero() {
-			appended = max(l.AppendedAt.UnixNano(), 0)
-		}
+		// Entries without records bring no time of their own, but get that of
+		// the record before them: Raft stamps them when it writes them, and one
+		// that overtakes a batch on the way there would be later than it.
 		entries[i] = logstore.Entry{
 			Index:      l.Index,
 			Term:       l.Term,
