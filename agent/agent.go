@@ -59,42 +59,43 @@ type Agent struct {
 // Start starts a node, in this order: port, data directory, log, service. It
 // returns when the node serves; WaitReady tells when it takes records. If
 // anything fails, what was started is stopped, and nothing is left behind.
-func Start(cfg *config.Config, opts Options) (a *Agent, err error) {
+func Start(cfg *config.Config, opts Options) (*Agent, error) {
 	if opts.Logger == nil {
 		opts.Logger = hclog.NewNullLogger()
 	}
 	if opts.fs == nil {
 		opts.fs = vfs.OS
 	}
-	a = &Agent{logger: opts.Logger, config: cfg, serveErr: make(chan error, 1)}
+	a := &Agent{logger: opts.Logger, config: cfg, serveErr: make(chan error, 1)}
 	a.stopping, a.halt = context.WithCancel(context.Background())
-	defer func() {
-		if err != nil {
-			ctx, cancel := context.WithTimeout(context.Background(), cfg.ShutdownTimeout)
-			defer cancel()
-			err = errors.Join(err, a.Stop(ctx))
-		}
-	}()
+	if err := a.start(cfg, opts); err != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), cfg.ShutdownTimeout)
+		defer cancel()
+		return nil, errors.Join(err, a.Stop(ctx))
+	}
+	return a, nil
+}
 
+func (a *Agent) start(cfg *config.Config, opts Options) (err error) {
 	// First, so that a port that is taken, the most likely mistake, does not
 	// leave a new data directory behind.
 	if a.listen, err = net.Listen("tcp", cfg.Listener.RPC); err != nil {
-		return nil, fmt.Errorf("%w: choose another address with -rpc-addr or listener.rpc", err)
+		return fmt.Errorf("%w: choose another address with -rpc-addr or listener.rpc", err)
 	}
 	if a.address, err = advertised(cfg.Listener.Advertise, a.listen.Addr()); err != nil {
-		return nil, err
+		return err
 	}
+
 	dir := cfg.DataDir
 	if dir == "" {
 		if dir, err = os.MkdirTemp("", "diurna-dev-"); err != nil {
-			return nil, fmt.Errorf("make a temporary data directory: %w", err)
+			return fmt.Errorf("make a temporary data directory: %w", err)
 		}
 		a.temp = dir
 	}
 	if a.data, err = openDataDir(opts.fs, dir); err != nil {
-		return nil, err
+		return err
 	}
-
 	a.replica, err = replica.Open(replica.Config{
 		Dir:                a.data.log(rpc.DefaultLog),
 		FS:                 opts.fs,
@@ -113,7 +114,7 @@ func Start(cfg *config.Config, opts Options) (a *Agent, err error) {
 		OnFatal:            opts.OnFatal,
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	a.rpc, err = rpc.New(rpc.Config{
 		Log:     newService(a.replica),
@@ -128,7 +129,7 @@ func Start(cfg *config.Config, opts Options) (a *Agent, err error) {
 		Version: opts.Version,
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	// Not before it can take records.
 	a.rpc.SetServing(false)
@@ -139,7 +140,7 @@ func Start(cfg *config.Config, opts Options) (a *Agent, err error) {
 		}
 	})
 	a.logger.Info("node started", "id", a.data.nodeID, "name", cfg.Node.Name, "address", a.address, "data_dir", dir)
-	return a, nil
+	return nil
 }
 
 // advertised completes the address that others use with the port that the
@@ -200,7 +201,9 @@ func (a *Agent) Stop(ctx context.Context) error {
 		go func() { done <- a.stop(ctx, func(what string) { doing.Store(what) }) }()
 		select {
 		case a.stopErr = <-done:
-			a.logger.Info("stopped", "after", time.Since(begin).Round(time.Millisecond))
+			if a.rpc != nil { // else it never started
+				a.logger.Info("stopped", "after", time.Since(begin).Round(time.Millisecond))
+			}
 		case <-ctx.Done():
 			select {
 			case a.stopErr = <-done: // at the last moment

@@ -191,7 +191,7 @@ func (c *agentCommand) supervise(a *Agent, cfg *config.Config, src config.Source
 	}
 	cancel()
 	if waiting {
-		_ = <-ready // ended by ctx
+		<-ready // cancel has ended it
 	}
 	return max(code, c.stop(a, cfg, logger, signals))
 }
