@@ -197,8 +197,12 @@ func BenchmarkProduceStream(b *testing.B) {
 	begin := time.Now()
 	p, err := c.NewProducer(context.Background(), client.ProducerOptions{
 		BatchRecords: 64,
-		Linger:       time.Minute, // no batch leaves before it is full
-		OnAck:        func(client.Ack) { latencies = append(latencies, time.Since(<-sent)) },
+		OnAck: func(ack client.Ack) {
+			// A batch leaves early when the window is full, so by records.
+			for uint64(len(latencies)+1)*64 <= ack.NextOffset {
+				latencies = append(latencies, time.Since(<-sent))
+			}
+		},
 	})
 	if err != nil {
 		b.Fatal(err)
