@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/signal"
@@ -116,7 +117,11 @@ func (c *agentCommand) start(cfg *config.Config, src config.Sources, logger hclo
 		case r := <-started:
 			switch {
 			case r.err != nil:
-				c.fail(cfg, logger, "cannot start", r.err)
+				err := r.err
+				if isFull(err) {
+					err = fmt.Errorf("%w: the disk is full, make room and start the node again", err)
+				}
+				c.fail(cfg, logger, "cannot start", err)
 				return nil, exitUsage
 			case stop:
 				return nil, c.stop(r.agent, cfg, logger, signals)
@@ -140,7 +145,7 @@ func (c *agentCommand) start(cfg *config.Config, src config.Sources, logger hclo
 
 func (c *agentCommand) diskFailed(cfg *config.Config, logger hclog.Logger, err error) {
 	what, advice := "the disk failed", "Nothing more is acknowledged, and what was is on it. Look at the disk before you start the node again."
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+	if isFull(err) {
 		what, advice = "the disk is full", "What was acknowledged is on it. Make room, then start the node again."
 	}
 	if cfg.LogJSON {
@@ -148,6 +153,10 @@ func (c *agentCommand) diskFailed(cfg *config.Config, logger hclog.Logger, err e
 		return
 	}
 	say(c.stderr, "Error: %s: %v. %s\n", what, err, advice)
+}
+
+func isFull(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
 // fail tells an error where somebody will see it: as log, or as plain text

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/google/uuid"
 
@@ -49,7 +50,7 @@ func openDataDir(fsys vfs.FS, path string) (d *dataDir, err error) {
 	}
 	if fresh {
 		if err := fsys.MkdirAll(path); err != nil {
-			return nil, fmt.Errorf("make data directory: %w", err)
+			return nil, fmt.Errorf("make data directory: %w", advise(err))
 		}
 	}
 	lock, err := fsys.Lock(filepath.Join(path, lockFile))
@@ -57,7 +58,7 @@ func openDataDir(fsys vfs.FS, path string) (d *dataDir, err error) {
 		return nil, fmt.Errorf("data directory %s is in use by another process: stop that one, or choose another -data-dir", path)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("data directory %s: %w", path, err)
+		return nil, fmt.Errorf("data directory %s: %w", path, advise(err))
 	}
 	defer func() {
 		if err != nil {
@@ -70,7 +71,7 @@ func openDataDir(fsys vfs.FS, path string) (d *dataDir, err error) {
 	}
 	if fresh {
 		if err := writeNodeFile(fsys, path, uuid.NewString()); err != nil {
-			return nil, fmt.Errorf("make data directory: %w", err)
+			return nil, fmt.Errorf("make data directory: %w", advise(err))
 		}
 	}
 	id, err := readNodeFile(fsys, path)
@@ -92,7 +93,7 @@ func inspectDataDir(fsys vfs.FS, path string) (fresh bool, err error) {
 	case errors.Is(err, fs.ErrNotExist):
 		return true, nil
 	case err != nil:
-		return false, fmt.Errorf("data directory: %w", err)
+		return false, fmt.Errorf("data directory: %w", advise(err))
 	case slices.Contains(names, nodeFile):
 		_, err := readNodeFile(fsys, path)
 		return false, err
@@ -105,6 +106,17 @@ func inspectDataDir(fsys vfs.FS, path string) (fresh bool, err error) {
 		}
 	}
 	return true, nil
+}
+
+// advise says what to do about the mistakes that one makes with a path.
+func advise(err error) error {
+	switch {
+	case errors.Is(err, syscall.ENOTDIR):
+		return fmt.Errorf("%w: choose a -data-dir that is a folder, or is not there yet", err)
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
+		return fmt.Errorf("%w: make it writable for the user that runs the node, or choose another -data-dir", err)
+	}
+	return err
 }
 
 func writeNodeFile(fsys vfs.FS, path, id string) error {
@@ -120,7 +132,7 @@ func readNodeFile(fsys vfs.FS, path string) (id string, err error) {
 	name := filepath.Join(path, nodeFile)
 	b, err := vfs.ReadFile(fsys, name, nodeFileLimit)
 	if err != nil {
-		return "", fmt.Errorf("data directory: %w", err)
+		return "", fmt.Errorf("data directory: %w", advise(err))
 	}
 	return parseNodeFile(name, string(b))
 }
@@ -142,7 +154,8 @@ func parseNodeFile(name, content string) (id string, err error) {
 	}
 	for _, line := range lines[1:] {
 		if id, ok := strings.CutPrefix(line, "node_id "); ok {
-			if _, err := uuid.Parse(id); err != nil {
+			// Only as it was written: Raft compares ids as text.
+			if u, err := uuid.Parse(id); err != nil || u.String() != id {
 				return "", damaged
 			}
 			return id, nil
