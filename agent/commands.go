@@ -29,8 +29,9 @@ func Commands(version string) map[string]cli.CommandFactory {
 		return func() (cli.Command, error) { return c, nil }
 	}
 	return map[string]cli.CommandFactory{
-		"agent":    verb(&agentCommand{stdout: os.Stdout, stderr: os.Stderr, version: version, program: os.Args[0], signals: osSignals, exit: os.Exit}),
-		"validate": verb(&validateCommand{stdout: os.Stdout, stderr: os.Stderr}),
+		"agent":         verb(&agentCommand{stdout: os.Stdout, stderr: os.Stderr, version: version, program: os.Args[0], signals: osSignals, exit: os.Exit}),
+		"debug segment": verb(newSegmentCommand(os.Stdout, os.Stderr)),
+		"validate":      verb(&validateCommand{stdout: os.Stdout, stderr: os.Stderr}),
 	}
 }
 

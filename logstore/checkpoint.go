@@ -152,6 +152,19 @@ func readCheckpoint(fs vfs.FS, dir string) (c checkpoint, err error) {
 	return c, nil
 }
 
+// record makes c durable. Where the one before may be taken for c, should c's
+// slot rot, because it only knows less, that is enough. But one that says
+// "clean", or "cut", or that counts on files or entries which are now gone,
+// must not be found again: then both slots get c.
+func (w *checkpointWriter) record(c checkpoint) error {
+	last := w.last
+	onward := !last.clean && !last.cut && !c.cut && c.first == last.first && c.tail.index >= last.tail.index
+	if err := w.write(c); err != nil || onward {
+		return err
+	}
+	return w.write(c)
+}
+
 // write makes c durable in the slot that does not hold the newest one.
 func (w *checkpointWriter) write(c checkpoint) error {
 	c.seq = w.last.seq + 1

@@ -92,10 +92,33 @@ func appendFrame(dst []byte, seed, prevCRC uint32, synced uint64, e *Entry) ([]b
 	le.PutUint64(f[40:], uint64(e.AppendTime))
 	le.PutUint64(f[48:], synced)
 	le.PutUint32(f[56:], e.Count)
-	// f[60:64] is reserved and zero.
+	le.PutUint32(f[60:], headerSum(f, seed))
 	crc := crc32.Update(seed, castagnoli, f[4:])
 	le.PutUint32(f, crc)
 	return dst, crc
+}
+
+// headerSum is a checksum of the header alone. It makes the length something
+// to rely on before that many bytes are read, and it lets recovery tell frames
+// from records that imitate them at the cost of a header, not of a payload.
+func headerSum(f []byte, seed uint32) uint32 { return crc32.Update(seed, castagnoli, f[4:60]) }
+
+// checkHeader decodes a header and checks that it is one of this segment's.
+func checkHeader(b []byte, seed uint32) (frameHeader, error) {
+	if len(b) < HeaderSize {
+		return frameHeader{}, fmt.Errorf("%d bytes are too few for a frame header", len(b))
+	}
+	h := parseHeader(b)
+	if b[12] != frameVersion {
+		return h, fmt.Errorf("frame version is %d, not %d", b[12], frameVersion)
+	}
+	if want, got := binary.LittleEndian.Uint32(b[60:]), headerSum(b, seed); got != want {
+		return h, fmt.Errorf("the frame header's checksum is %08x, its bytes give %08x", want, got)
+	}
+	if h.length > MaxPayload {
+		return h, fmt.Errorf("payload length %d is over the limit", h.length)
+	}
+	return h, nil
 }
 
 // parseHeader decodes a header without checking it. b holds at least
@@ -118,14 +141,11 @@ func parseHeader(b []byte) (h frameHeader) {
 // parseFrame decodes and checks the frame at the start of b. The error says
 // what is wrong with it, for people. It never reads past b.
 func parseFrame(b []byte, seed uint32) (frameHeader, error) {
-	if len(b) < HeaderSize {
-		return frameHeader{}, fmt.Errorf("%d bytes are too few for a frame header", len(b))
+	h, err := checkHeader(b, seed)
+	if err != nil {
+		return h, err
 	}
-	h := parseHeader(b)
-	if b[12] != frameVersion {
-		return h, fmt.Errorf("frame version is %d, not %d", b[12], frameVersion)
-	}
-	if h.length > MaxPayload || h.size() > int64(len(b)) {
+	if h.size() > int64(len(b)) {
 		return h, fmt.Errorf("payload length %d goes past the end", h.length)
 	}
 	if got := crc32.Update(seed, castagnoli, b[4:h.size()]); got != h.crc {

@@ -127,6 +127,16 @@ func parseIndex(b []byte, s *segmentHeader, count int, lastCRC uint32) (*frameIn
 	if count == 0 {
 		x.mapped = nil
 	}
+	// A good checksum over a wrong index would be a writer's mistake, but what
+	// is built on positions that do not rise is a crash.
+	pos := int64(segmentHeaderSize)
+	for i := range count {
+		from, to := x.span(i)
+		if from != pos || to < from+HeaderSize || to-from > frameSize(MaxPayload) {
+			return nil, fmt.Errorf("entry %d is at %d to %d", i, from, to)
+		}
+		pos = to
+	}
 	return x, nil
 }
 

@@ -208,7 +208,7 @@ func (k *keeper) write(c checkpoint) error {
 	if c == k.checkpoint.last {
 		return nil
 	}
-	if err := k.checkpoint.write(c); err != nil {
+	if err := k.checkpoint.record(c); err != nil {
 		return fmt.Errorf("checkpoint %s: %w", filepath.Join(k.l.dir, checkpointName), err)
 	}
 	return nil

@@ -301,7 +301,8 @@ func (o *opening) readCleanTail(s *segment) bool {
 		if _, err := o.active.ReadAt(frame, from); err != nil {
 			return false
 		}
-		if h, err := parseFrame(frame, s.seed); err != nil || h.index != t.index || h.crc != t.crc {
+		h, err := parseFrame(frame, s.seed)
+		if err != nil || h.index != t.index || h.crc != t.crc || h.term != t.term || h.time != t.time || h.base+uint64(h.count) != t.offset {
 			return false
 		}
 	} else if t != withSynced(s.start(), t.synced) {

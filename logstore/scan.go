@@ -44,11 +44,9 @@ func (sc *scanner) next() error {
 	if err != nil {
 		return err
 	}
-	if len(b) == HeaderSize {
-		if h := parseHeader(b); b[12] == frameVersion && h.length <= MaxPayload {
-			if b, err = sc.bytes(pos, h.size()); err != nil {
-				return err
-			}
+	if h, err := checkHeader(b, sc.s.seed); err == nil {
+		if b, err = sc.bytes(pos, h.size()); err != nil {
+			return err
 		}
 	}
 	h, err := parseFrame(b, sc.s.seed)
@@ -96,12 +94,13 @@ func (sc *scanner) bytes(pos, n int64) ([]byte, error) {
 
 // remains looks at what stands behind the last good frame, where next failed.
 // zero: nothing but zeros, as preallocation leaves. later: the greatest synced
-// mark of any whole frame there; such a frame was written behind bytes that
-// are now bad, and says up to where those before it were durable.
+// mark of any frame header there, whatever became of its payload; the frame
+// was written behind bytes that are now bad, and says up to where those before
+// it were durable.
 func (sc *scanner) remains() (zero bool, later uint64, err error) {
 	zero = true
 	for pos := sc.tail.pos; pos < sc.size; {
-		b, err := sc.bytes(pos, min(scanBuffer/2, sc.size-pos))
+		b, err := sc.bytes(pos, scanBuffer/2)
 		if err != nil {
 			return false, 0, err
 		}
@@ -113,41 +112,21 @@ func (sc *scanner) remains() (zero bool, later uint64, err error) {
 			continue
 		}
 		zero = false
-		// A copy: looking at a candidate may move the scanner's buffer.
-		chunk := append([]byte(nil), b...)
-		for at := int64(0); at < int64(len(chunk)); at += frameAlign {
-			if int64(len(chunk))-at < HeaderSize && pos+int64(len(chunk)) < sc.size && at > 0 {
-				chunk = chunk[:at] // the next chunk starts here
-				break
+		at := 0
+		for ; at+HeaderSize <= len(b); at += frameAlign {
+			// The version first: a checksum of every eighth byte's sixty would
+			// take its time.
+			if b[at+12] != frameVersion {
+				continue
 			}
-			h, ok, err := sc.candidate(chunk[at:], pos+at)
-			if err != nil {
-				return false, 0, err
-			}
-			if ok {
+			if h, err := checkHeader(b[at:], sc.s.seed); err == nil && h.synced < h.index {
 				later = max(later, h.synced)
 			}
 		}
-		pos += (int64(len(chunk)) + frameAlign - 1) &^ (frameAlign - 1)
+		if at == 0 {
+			break // too little for a header, at the end of the file
+		}
+		pos += int64(at)
 	}
 	return zero, later, nil
-}
-
-// candidate tells whether a whole frame of this segment that can follow the
-// scanner's tail stands at pos. b are the bytes there.
-func (sc *scanner) candidate(b []byte, pos int64) (frameHeader, bool, error) {
-	if len(b) < HeaderSize || b[12] != frameVersion {
-		return frameHeader{}, false, nil
-	}
-	h := parseHeader(b)
-	// Only a mark above the tail decides anything, so that others need no check.
-	if h.length > MaxPayload || h.synced <= sc.tail.index || h.synced >= h.index || pos+h.size() > sc.size {
-		return h, false, nil
-	}
-	frame, err := sc.bytes(pos, h.size())
-	if err != nil {
-		return h, false, err
-	}
-	h, err = parseFrame(frame, sc.s.seed)
-	return h, err == nil, nil
 }

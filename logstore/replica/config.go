@@ -30,8 +30,8 @@ type Config struct {
 	ID string
 	// Address is what other servers reach this one at.
 	Address string
-	// Transport connects to the other servers. The replica closes it. Default:
-	// one that reaches nobody, for a group of one.
+	// Transport connects to the other servers. The replica closes it, unless
+	// Open fails. Default: one that reaches nobody, for a group of one.
 	Transport raft.Transport
 	// Bootstrap makes this server, if it holds nothing yet, the only voter of a
 	// new cluster.
@@ -123,6 +123,9 @@ func (c *Config) raftConfig() *raft.Config {
 	r.CommitTimeout = c.CommitTimeout
 	r.MaxAppendEntries = min(64, maxRPCBytes/c.EntryBytes)
 	r.BatchApplyCh = true
+	// A Raft that shuts itself down leaves proposals without an answer; one that
+	// was removed and stays a follower refuses them.
+	r.ShutdownOnRemove = false
 	// Snapshots are a few hundred bytes; each spares the next start the entries
 	// before it.
 	r.SnapshotInterval = c.SnapshotInterval

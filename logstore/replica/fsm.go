@@ -1,7 +1,6 @@
 package replica
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -65,13 +64,6 @@ func (f *fsm) Snapshot() (raft.FSMSnapshot, error) { return fsmSnapshot(f.state)
 // leader sent; a snapshot of this store has no records to send.
 func (f *fsm) Restore(r io.ReadCloser) error {
 	return errors.Join(errors.New("a snapshot without records cannot be installed"), r.Close())
-}
-
-func unmarshalState(b []byte, s *fsmState) error {
-	d := json.NewDecoder(bytes.NewReader(b))
-	// A field this version does not know is a promise it cannot keep.
-	d.DisallowUnknownFields()
-	return d.Decode(s)
 }
 
 type fsmSnapshot fsmState

@@ -33,7 +33,17 @@ type Replica struct {
 	closeErr  error
 	closing   chan struct{}
 	watching  sync.WaitGroup
+
+	// Guards the beginning of a question to Raft, which close waits for,
+	// against the end of all.
+	askMu  sync.Mutex
+	closed bool
+	asking sync.WaitGroup
 }
+
+// closeGrace is how long Close waits for Raft after its context has ended: the
+// files cannot be closed under it.
+const closeGrace = 2 * time.Second
 
 // Open starts a replica from what its directory holds. It does not wait for a
 // leader. Damage is refused with a typed error, and then nothing has changed.
@@ -68,14 +78,19 @@ func Open(cfg Config) (r *Replica, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if r.stable, err = openStable(filepath.Join(cfg.Dir, "raft.db")); err != nil {
+	machine, term, err := r.recoverState(snapshots)
+	if err != nil {
+		return nil, err
+	}
+	stableFile := filepath.Join(cfg.Dir, "raft.db")
+	if r.stable, err = openStable(stableFile, term == 0, r.fatal); err != nil {
 		return nil, err
 	}
 	opened = append(opened, r.stable.Close)
-
-	machine, err := r.recoverState(snapshots)
-	if err != nil {
+	if known, err := r.stable.GetUint64(keyCurrentTerm); err != nil && !isKeyNotFound(err) {
 		return nil, err
+	} else if known < term {
+		return nil, &CorruptError{stableFile, fmt.Sprintf("it knows term %d, but the log is of term %d: it is older, and so may be its vote", known, term)}
 	}
 	store := &logStore{log: r.log, applied: r.applied, fatal: r.fatal}
 	if cfg.Bootstrap {
@@ -93,37 +108,68 @@ func Open(cfg Config) (r *Replica, err error) {
 }
 
 // recoverState makes the state machine of the newest snapshot, and reads what
-// Raft will read behind it, so that damage there is an error of Open's and not
-// a panic of Raft's.
-func (r *Replica) recoverState(snapshots *snapshotStore) (*fsm, error) {
-	machine := &fsm{watermark: r.watermark, applied: r.applied}
-	snap, err := snapshots.newest()
+// Raft will read of the log, so that damage there is an error of Open's and not
+// a panic of Raft's. It also returns the greatest term that this server has
+// seen.
+func (r *Replica) recoverState(snapshots *snapshotStore) (machine *fsm, term uint64, err error) {
+	snap, damage, err := snapshots.newest()
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	first := r.log.FirstIndex()
-	if snap != nil {
-		if err := unmarshalState(snap.State, &machine.state); err != nil {
-			return nil, &CorruptError{snapshots.path(snapshotID(snap.Index, snap.Term)), err.Error()}
+	if damage != nil {
+		r.cfg.Logger.Warn("a snapshot is damaged; going on from an older one", "error", damage)
+	}
+	var state fsmState
+	st := r.log.Stats()
+	logDir := filepath.Join(r.cfg.Dir, "log")
+	if snap == nil {
+		if st.FirstIndex > 1 {
+			return nil, 0, &CorruptError{snapshots.dir, fmt.Sprintf("the log starts at index %d, but there is no snapshot of what came before", st.FirstIndex)}
 		}
-		if last := r.log.LastIndex(); last < snap.Index || machine.state.NextOffset > r.log.NextOffset() {
-			return nil, &CorruptError{filepath.Join(r.cfg.Dir, "log"), fmt.Sprintf("the log ends at index %d, but up to %d was committed when the snapshot was taken", last, snap.Index)}
-		}
-		r.applied.Store(snap.Index)
-		r.watermark.advance(machine.state.NextOffset)
-		first = snap.Index + 1
+		snap = &snapshotFile{}
 	} else {
-		machine.state.NextOffset = r.log.FirstOffset()
-		r.watermark.advance(machine.state.NextOffset)
+		file := snapshots.path(snapshotID(snap.Index, snap.Term))
+		if err := unmarshalStrictly(snap.State, &state); err != nil {
+			return nil, 0, &CorruptError{file, err.Error()}
+		}
+		switch {
+		case st.LastIndex < snap.Index || st.NextOffset < state.NextOffset:
+			return nil, 0, &CorruptError{logDir, fmt.Sprintf("the log ends at index %d, offset %d, but up to index %d, offset %d was committed when the snapshot was taken", st.LastIndex, st.NextOffset, snap.Index, state.NextOffset)}
+		case st.FirstIndex > snap.Index+1:
+			return nil, 0, &CorruptError{logDir, fmt.Sprintf("the log starts at index %d, the snapshot is of index %d", st.FirstIndex, snap.Index)}
+		}
+		if err := r.checkSeam(file, snap, &state); err != nil {
+			return nil, 0, err
+		}
 	}
+	r.applied.Store(snap.Index)
+	r.watermark.advance(state.NextOffset)
+	// Raft reads the last entry even if a snapshot covers it.
 	var buf []byte
-	for index := first; index <= r.log.LastIndex(); index++ {
+	for index := max(min(snap.Index+1, st.LastIndex), st.FirstIndex); index <= st.LastIndex; index++ {
 		var err error
 		if _, buf, err = r.log.Entry(index, buf); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 	}
-	return machine, nil
+	return &fsm{state: state, watermark: r.watermark, applied: r.applied}, max(snap.Term, r.log.LastTerm()), nil
+}
+
+// checkSeam compares a snapshot with the entry that it was taken behind, where
+// that is kept: a snapshot of another log would move the high watermark to
+// where nothing was committed.
+func (r *Replica) checkSeam(file string, snap *snapshotFile, state *fsmState) error {
+	e, _, err := r.log.Entry(snap.Index, nil)
+	switch {
+	case errors.Is(err, logstore.ErrNotFound):
+		return nil
+	case err != nil:
+		return err
+	}
+	if next := e.BaseOffset + uint64(e.Count); e.Term != snap.Term || next != state.NextOffset {
+		return &CorruptError{file, fmt.Sprintf("it is of index %d, term %d, next offset %d; the log has term %d, next offset %d there", snap.Index, snap.Term, state.NextOffset, e.Term, next)}
+	}
+	return nil
 }
 
 // bootstrap makes the first configuration if there is nothing at all. Raft
@@ -228,8 +274,11 @@ func (r *Replica) WaitReadable(ctx context.Context, offset uint64) error {
 func (r *Replica) Read(from uint64, buf []byte, dst []logstore.Batch) ([]logstore.Batch, error) {
 	limit := r.watermark.load()
 	dst, err := r.log.ReadBatches(from, limit, buf, dst)
-	if errors.Is(err, logstore.ErrNotFound) {
+	switch {
+	case errors.Is(err, logstore.ErrNotFound):
 		return dst, &OffsetOutOfRangeError{Offset: from, First: r.log.FirstOffset(), Next: limit}
+	case errors.Is(err, logstore.ErrClosed):
+		return dst, ErrClosed
 	}
 	return dst, err
 }
@@ -246,6 +295,9 @@ func (r *Replica) OffsetAtTime(t time.Time) (uint64, error) {
 		return watermark, nil
 	}
 	offset, err := r.log.OffsetAtTime(nanos)
+	if errors.Is(err, logstore.ErrClosed) {
+		err = ErrClosed
+	}
 	return min(offset, watermark), err
 }
 
@@ -255,15 +307,23 @@ func (r *Replica) OffsetAtTime(t time.Time) (uint64, error) {
 // acknowledged, it applied before it took proposals; and that it still leads,
 // so that nobody else acknowledged anything, it asks a quorum now.
 func (r *Replica) Linearize(ctx context.Context) error {
-	if !r.seq.ready.Load() {
+	verified := make(chan error, 1)
+	r.askMu.Lock()
+	if r.closed {
+		r.askMu.Unlock()
+		return ErrClosed
+	}
+	term := r.seq.ready.Load()
+	if term == 0 {
+		r.askMu.Unlock()
 		return r.notLeader()
 	}
-	verified := make(chan error, 1)
-	future := r.raft.VerifyLeader()
-	r.watching.Go(func() { verified <- future.Error() })
+	r.asking.Go(func() { verified <- r.raft.VerifyLeader().Error() })
+	r.askMu.Unlock()
 	select {
 	case err := <-verified:
-		if err != nil || !r.seq.ready.Load() {
+		// In the same term: a new one has to find its watermark first.
+		if err != nil || r.raft.CurrentTerm() != term {
 			return r.notLeader()
 		}
 		return nil
@@ -314,7 +374,7 @@ func (r *Replica) Status() Status {
 	_, leader := r.raft.LeaderWithID()
 	return Status{
 		State:       r.raft.State().String(),
-		Ready:       r.seq.ready.Load(),
+		Ready:       r.seq.ready.Load() > 0,
 		Term:        r.raft.CurrentTerm(),
 		LeaderID:    string(leader),
 		Applied:     r.applied.Load(),
@@ -325,7 +385,7 @@ func (r *Replica) Status() Status {
 }
 
 // WaitReady returns once this server takes proposals as the leader, or with
-// ctx's error.
+// ctx's error or ErrClosed.
 func (r *Replica) WaitReady(ctx context.Context) error {
 	for {
 		wait := r.seq.whenReady()
@@ -336,6 +396,8 @@ func (r *Replica) WaitReady(ctx context.Context) error {
 		case <-wait:
 		case <-r.failed:
 			return r.failure
+		case <-r.closing:
+			return ErrClosed
 		case <-ctx.Done():
 			return fmt.Errorf("waiting for leadership: %w", ctx.Err())
 		}
@@ -345,6 +407,10 @@ func (r *Replica) WaitReady(ctx context.Context) error {
 // Close answers what is in flight, as far as that is known before ctx ends,
 // and stops the replica: waits end with ErrClosed, the log records where it
 // ends. Further calls return the first one's result.
+//
+// When ctx ends, what was not handed to Raft yet is answered with ErrClosed;
+// the rest gets a moment more, and then ErrUnknownOutcome. A disk that hangs
+// can keep Raft from stopping: then Close says so, and its files stay open.
 func (r *Replica) Close(ctx context.Context) error {
 	r.closeOnce.Do(func() { r.closeErr = r.close(ctx) })
 	return r.closeErr
@@ -352,17 +418,81 @@ func (r *Replica) Close(ctx context.Context) error {
 
 func (r *Replica) close(ctx context.Context) error {
 	close(r.closing)
-	err := r.seq.drain(ctx)
-	if r.Err() == nil && err == nil {
+	r.askMu.Lock()
+	r.closed = true
+	r.askMu.Unlock()
+	graceful, cancel := outlive(ctx, closeGrace)
+	defer cancel()
+
+	var err error
+	drained := r.seq.stop()
+	select {
+	case <-drained:
+	case <-ctx.Done():
+		err = fmt.Errorf("appends still in flight: %w", ctx.Err())
+		r.seq.shut(ErrClosed)
+	}
+	// Raft leaves those that it still holds when it shuts down unanswered.
+	settled := await(graceful, drained) && await(graceful, after(r.asking.Wait))
+	if settled && err == nil && r.Err() == nil {
 		// So that the next start has nothing to apply again.
-		if snapErr := r.raft.Snapshot().Error(); snapErr != nil && !errors.Is(snapErr, raft.ErrNothingNewToSnapshot) {
-			err = errors.Join(err, fmt.Errorf("snapshot: %w", snapErr))
+		taken := make(chan error, 1)
+		go func() { taken <- r.raft.Snapshot().Error() }()
+		select {
+		case snapErr := <-taken:
+			if snapErr != nil && !errors.Is(snapErr, raft.ErrNothingNewToSnapshot) {
+				err = fmt.Errorf("snapshot: %w", snapErr)
+			}
+		case <-ctx.Done():
+			err = fmt.Errorf("snapshot: %w", ctx.Err())
 		}
 	}
-	if shutErr := r.raft.Shutdown().Error(); shutErr != nil {
-		err = errors.Join(err, shutErr)
-	}
+	down := r.raft.Shutdown()
+	stopped := await(graceful, after(func() { _ = down.Error() }))
+	r.seq.abandon()
+	<-drained
 	r.watermark.close()
 	r.watching.Wait()
+	if !stopped {
+		return errors.Join(err, errors.New("raft does not stop: it waits for the disk"))
+	}
 	return errors.Join(err, r.log.Close(), r.stable.Close())
+}
+
+// outlive returns a context that ends some time after ctx does.
+func outlive(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	longer, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		select {
+		case <-time.After(d):
+			cancel()
+		case <-longer.Done():
+		}
+	})
+	return longer, func() { stop(); cancel() }
+}
+
+// after returns what is closed when f has returned.
+func after(f func()) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		f()
+		close(done)
+	}()
+	return done
+}
+
+// await waits for an event until ctx ends, and tells whether it came.
+func await(ctx context.Context, event <-chan struct{}) bool {
+	select {
+	case <-event:
+		return true
+	default:
+	}
+	select {
+	case <-event:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }

@@ -59,7 +59,7 @@ const proposalOverhead = 512
 // a few entries are in flight at once, so that the next group is sequenced and
 // written while the previous one is synced and replicated.
 type sequencer struct {
-	raft *raft.Raft
+	raft raftNode
 	log  *logstore.Log
 	now  func() time.Time
 	// leaderHint makes the error for a node that does not lead.
@@ -77,22 +77,39 @@ type sequencer struct {
 	slots  chan struct{} // one for each entry in flight
 	groups chan *group   // in the order of their offsets
 	resync atomic.Bool   // an entry failed: offsets must be read anew
-	ready  atomic.Bool   // all of earlier terms is applied; offsets are known
-	// becameReady is closed when ready becomes true, and guarded by mu.
+	// ready is the term in which this node leads, all of earlier terms is
+	// applied and offsets are known; 0 if there is none.
+	ready atomic.Uint64
+	// becameReady is closed when ready is set, and guarded by mu.
 	becameReady chan struct{}
 
 	quit chan struct{}
+	dead chan struct{} // closed by abandon
 	wg   sync.WaitGroup
 }
 
+// raftNode is what the sequencer needs of a *raft.Raft.
+type raftNode interface {
+	State() raft.RaftState
+	CurrentTerm() uint64
+	LeaderCh() <-chan bool
+	ApplyLog(raft.Log, time.Duration) raft.ApplyFuture
+	Barrier(time.Duration) raft.Future
+	VerifyLeader() raft.Future
+}
+
+// errAbandoned: Raft ended, or hangs, and left a request without an answer.
+var errAbandoned = errors.New("raft gave no answer before it stopped")
+
 // group is the proposals that share an entry.
 type group struct {
+	term    uint64
 	future  raft.ApplyFuture // nil if all of them failed their conditions
 	members []*Pending
 	refused []*Pending // by their condition; err is set
 }
 
-func newSequencer(r *raft.Raft, log *logstore.Log, cfg *Config, leaderHint func() error) *sequencer {
+func newSequencer(r raftNode, log *logstore.Log, cfg *Config, leaderHint func() error) *sequencer {
 	return &sequencer{
 		raft:       r,
 		log:        log,
@@ -104,6 +121,7 @@ func newSequencer(r *raft.Raft, log *logstore.Log, cfg *Config, leaderHint func(
 		slots:      make(chan struct{}, cfg.EntriesInFlight),
 		groups:     make(chan *group, cfg.EntriesInFlight+1),
 		quit:       make(chan struct{}),
+		dead:       make(chan struct{}),
 
 		becameReady: make(chan struct{}),
 	}
@@ -188,6 +206,7 @@ func (s *sequencer) run() {
 		s.mu.Lock()
 		s.open = !s.closing
 		s.mu.Unlock()
+		term := s.raft.CurrentTerm()
 		if !s.settle() {
 			select {
 			case <-s.quit:
@@ -198,9 +217,20 @@ func (s *sequencer) run() {
 			}
 			continue
 		}
-		s.setReady(true)
-		done := s.serve(leader)
-		s.setReady(false)
+		// What the channel holds now tells of this term's beginning, or of an
+		// end that shows in what is looked at next: Raft changes its state
+		// before it says so, and its term before it leads again. What comes
+		// later is news to serve.
+		select {
+		case <-leader:
+		default:
+		}
+		if s.raft.State() != raft.Leader || s.raft.CurrentTerm() != term {
+			continue
+		}
+		s.setReady(term)
+		done := s.serve(leader, term)
+		s.setReady(0)
 		if done {
 			s.shut(ErrClosed)
 			return
@@ -208,11 +238,11 @@ func (s *sequencer) run() {
 	}
 }
 
-func (s *sequencer) setReady(ready bool) {
+func (s *sequencer) setReady(term uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.ready.Store(ready)
-	if ready {
+	s.ready.Store(term)
+	if term > 0 {
 		close(s.becameReady)
 	} else {
 		s.becameReady = make(chan struct{})
@@ -223,7 +253,7 @@ func (s *sequencer) setReady(ready bool) {
 func (s *sequencer) whenReady() <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.ready.Load() {
+	if s.ready.Load() > 0 {
 		return nil
 	}
 	return s.becameReady
@@ -231,8 +261,8 @@ func (s *sequencer) whenReady() <-chan struct{} {
 
 // settle waits until nothing of ours is in flight, and until this term's first
 // entry and all before it are applied. From then on nobody but this goroutine
-// can append records, until the term ends; then entries that are still on
-// their way fail, because their term is over.
+// can append records, until the term ends. Entries that are still on their way
+// then are refused by Raft, or by the store unless they continue what it holds.
 func (s *sequencer) settle() bool {
 	for range cap(s.slots) {
 		select {
@@ -245,12 +275,31 @@ func (s *sequencer) settle() bool {
 		<-s.slots
 	}
 	s.resync.Store(false)
-	return s.raft.Barrier(0).Error() == nil
+	return s.await(func() error { return s.raft.Barrier(0).Error() }) == nil
+}
+
+// await returns what an answer of Raft's is. Requests that are queued when Raft
+// shuts down are never answered; the goroutine that waits for one stays with
+// it.
+func (s *sequencer) await(answer func() error) error {
+	answered := make(chan error, 1)
+	go func() { answered <- answer() }()
+	select {
+	case err := <-answered:
+		return err
+	case <-s.dead:
+	}
+	select {
+	case err := <-answered:
+		return err
+	default:
+		return errAbandoned
+	}
 }
 
 // serve sequences proposals until this node leads no more, an entry fails
 // (false), or the replica closes and the queue is empty (true).
-func (s *sequencer) serve(leader <-chan bool) (closed bool) {
+func (s *sequencer) serve(leader <-chan bool, term uint64) (closed bool) {
 	next, last := s.log.NextOffset(), s.log.LastAppendTime()
 	for {
 		// A slot first: what arrives while all are taken shares the next entry.
@@ -261,7 +310,7 @@ func (s *sequencer) serve(leader <-chan bool) (closed bool) {
 		}
 		var batch []*Pending
 		for {
-			if s.resync.Load() || s.raft.State() != raft.Leader {
+			if s.resync.Load() || s.lost(leader) {
 				<-s.slots
 				return false
 			}
@@ -276,16 +325,33 @@ func (s *sequencer) serve(leader <-chan bool) (closed bool) {
 			select {
 			case <-s.wake:
 			case <-leader:
+				<-s.slots
+				return false
 			}
 		}
 		last = max(last, s.now().UnixNano())
 		g := s.sequence(batch, &next, last)
+		g.term = term
 		if g.future == nil {
 			// Still in line: the refusal rests on offsets of entries that are
 			// not committed yet.
 			<-s.slots
 		}
 		s.groups <- g
+	}
+}
+
+// lost tells whether the term that serve works for has ended, also when another
+// one of this node's has begun since: then there is word of it in the channel.
+func (s *sequencer) lost(leader <-chan bool) bool {
+	if s.raft.State() != raft.Leader {
+		return true
+	}
+	select {
+	case <-leader:
+		return true
+	default:
+		return false
 	}
 }
 
@@ -347,7 +413,7 @@ func (s *sequencer) complete() {
 	for g := range s.groups {
 		var err error
 		if g.future != nil {
-			if err = g.future.Error(); err == nil {
+			if err = s.await(g.future.Error); err == nil {
 				if applyErr, ok := g.future.Response().(error); ok {
 					err = applyErr
 				}
@@ -362,16 +428,24 @@ func (s *sequencer) complete() {
 		for _, p := range g.members {
 			s.finish(p, s.outcome(err))
 		}
+		// An offset that rests on an entry which was not committed is no answer;
+		// nor is one of a leader that others have replaced. An entry that was
+		// committed with the refusals shows that it was not; without one Raft
+		// has to ask. That they were not appended is certain in any case.
+		doubt := failed || g.future == nil && !s.stillLeads(g.term)
 		for _, p := range g.refused {
-			// An offset that rests on an entry which was not committed is no
-			// answer; that the batch was not appended is.
-			var mismatch *OffsetMismatchError
-			if failed && errors.As(p.err, &mismatch) {
-				p.err = ErrNoLeader
+			if doubt {
+				p.err = s.leaderHint()
 			}
 			s.finish(p, p.err)
 		}
 	}
+}
+
+// stillLeads tells whether nobody else can have led since term began.
+func (s *sequencer) stillLeads(term uint64) bool {
+	err := s.await(func() error { return s.raft.VerifyLeader().Error() })
+	return err == nil && s.raft.CurrentTerm() == term
 }
 
 // outcome turns Raft's error into ours.
@@ -379,8 +453,9 @@ func (s *sequencer) outcome(err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress), errors.Is(err, raft.ErrRaftShutdown):
-		// Refused before it was written.
+	case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress):
+		// Refused before it was written. Not so raft.ErrRaftShutdown, which is
+		// also the answer to entries that were committed but not applied.
 		return s.leaderHint()
 	case errors.Is(err, logstore.ErrRejected), errors.Is(err, logstore.ErrTooLarge):
 		// Refused by the store, which wrote nothing: an entry before failed, or
@@ -404,9 +479,9 @@ func (s *sequencer) shut(err error) {
 	}
 }
 
-// drain takes no more proposals and returns when those taken are answered and
-// the goroutines have ended, or with ctx's error.
-func (s *sequencer) drain(ctx context.Context) error {
+// stop takes no more proposals and returns what is closed when those taken are
+// answered and the goroutines have ended.
+func (s *sequencer) stop() <-chan struct{} {
 	s.mu.Lock()
 	s.closing = true
 	s.mu.Unlock()
@@ -417,10 +492,9 @@ func (s *sequencer) drain(ctx context.Context) error {
 		s.wg.Wait()
 		close(done)
 	}()
-	select {
-	case <-done:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("appends still in flight: %w", ctx.Err())
-	}
+	return done
 }
+
+// abandon ends the wait for answers of Raft's. To be called when it has stopped
+// or hangs.
+func (s *sequencer) abandon() { close(s.dead) }

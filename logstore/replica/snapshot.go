@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
-	"io/fs"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -87,7 +86,14 @@ func (s *snapshotStore) read(id string) (*snapshotFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	return parseSnapshot(s.path(id), b)
+	f, err := parseSnapshot(s.path(id), b)
+	if err != nil {
+		return nil, err
+	}
+	if in := snapshotID(f.Index, f.Term); in != id {
+		return nil, &CorruptError{s.path(id), "it is snapshot " + in}
+	}
+	return f, nil
 }
 
 func encodeSnapshot(f *snapshotFile) ([]byte, error) {
@@ -108,28 +114,56 @@ func parseSnapshot(file string, b []byte) (*snapshotFile, error) {
 		return nil, &CorruptError{file, fmt.Sprintf("its checksum is %q, its bytes give %s", lines[1], sum)}
 	}
 	var f snapshotFile
-	if err := json.Unmarshal(body, &f); err != nil {
+	if err := unmarshalStrictly(body, &f); err != nil {
+		return nil, &CorruptError{file, err.Error()}
+	}
+	if err := checkConfiguration(f.Configuration); err != nil {
 		return nil, &CorruptError{file, err.Error()}
 	}
 	return &f, nil
 }
 
+// unmarshalStrictly refuses what this version does not know: it may be a
+// promise that it cannot keep.
+func unmarshalStrictly(b []byte, v any) error {
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return err
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return errors.New("something follows the value")
+	}
+	return nil
+}
+
+// checkConfiguration tells whether Raft can decode one, which panics otherwise.
+func checkConfiguration(b []byte) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("configuration: %v", p)
+		}
+	}()
+	raft.DecodeConfiguration(b)
+	return nil
+}
+
 // newest returns the newest snapshot that can be read, nil if there is none at
-// all. Damage of all of them is an error: the log's start may depend on them.
-func (s *snapshotStore) newest() (*snapshotFile, error) {
+// all, and what is wrong with newer ones. Damage of all of them is an error:
+// the log's start may depend on them.
+func (s *snapshotStore) newest() (f *snapshotFile, damage, err error) {
 	ids, err := s.ids()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var damage error
 	for _, id := range ids {
 		f, err := s.read(id)
 		if err == nil {
-			return f, nil
+			return f, damage, nil
 		}
 		damage = errors.Join(damage, err)
 	}
-	return nil, damage
+	return nil, nil, damage
 }
 
 func (f *snapshotFile) meta() *raft.SnapshotMeta {
@@ -147,7 +181,7 @@ func (f *snapshotFile) meta() *raft.SnapshotMeta {
 // List implements raft.SnapshotStore. Damaged snapshots are left out, as long
 // as there is another one.
 func (s *snapshotStore) List() ([]*raft.SnapshotMeta, error) {
-	f, err := s.newest()
+	f, _, err := s.newest()
 	if err != nil || f == nil {
 		return nil, err
 	}
@@ -208,9 +242,19 @@ func (k *snapshotSink) Close() error {
 	if err := vfs.WriteFile(k.store.fs, k.store.path(k.ID()), b); err != nil {
 		return err
 	}
-	kept := slices.DeleteFunc(ids, func(id string) bool { return id == k.ID() })
-	for _, id := range kept[min(snapshotsKept-1, len(kept)):] {
-		if err := k.store.fs.Remove(k.store.path(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	kept := 1
+	for _, id := range ids {
+		if id == k.ID() {
+			continue
+		}
+		if kept < snapshotsKept {
+			// A damaged one is nothing to fall back to.
+			if _, err := k.store.read(id); err == nil {
+				kept++
+				continue
+			}
+		}
+		if err := vfs.RemoveIfThere(k.store.fs, k.store.path(id)); err != nil {
 			return err
 		}
 	}

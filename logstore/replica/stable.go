@@ -1,27 +1,54 @@
 package replica
 
 import (
+	"bytes"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io/fs"
+	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 	"go.etcd.io/bbolt"
-	bbolterrors "go.etcd.io/bbolt/errors"
+
+	"github.com/diurnalog/diurna/logstore/vfs"
 )
 
-// stableStore keeps Raft's term and vote in BoltDB, each value with a checksum
-// of its own, because BoltDB checks only its meta pages: a flipped bit in a
-// vote must not become a second vote.
+// stableStore keeps Raft's term and vote in BoltDB. A flipped bit there must
+// not become a second vote, and BoltDB checks only its meta pages:
+//
+//   - All values are one record with a checksum, which is there from the
+//     beginning. So a key that is not in it was never set, and one that
+//     cannot be found because a page, a name or a length is damaged is damage.
+//   - The record is written by two transactions. When the newer meta page is
+//     damaged, BoltDB silently goes on with the older one, which stands for the
+//     transaction before the last: it must say the same.
+//   - The file gets its name when it is complete, so that one without a record
+//     is never taken for one that a crash left half made.
+//   - The whole file is checked before BoltDB opens it, see checkBolt, and what
+//     was read then is kept: damage is an error of opening, not a panic later.
 type stableStore struct {
 	file string
-	bolt *raftboltdb.BoltStore
+	// failed is told of writes that failed: Raft would go on after some.
+	failed func(error)
+	bolt   *raftboltdb.BoltStore
+
+	mu     sync.Mutex
+	values map[string][]byte
 }
 
 var stableTable = crc32.MakeTable(crc32.Castagnoli)
+
+// stableLimit is far more than the file ever takes.
+const stableLimit = 16 << 20
+
+// recordKey is the only key in the file.
+var recordKey = []byte("diurna-stable 1")
 
 // Raft's keys. It reads them with these names, so they cannot change.
 var (
@@ -30,61 +57,127 @@ var (
 	keyLastVoteCand = []byte("LastVoteCand")
 )
 
-// openStable opens or makes the store and reads all that Raft will: a damaged
-// value is found now, as an error, not later, as a panic of Raft's.
-func openStable(file string) (s *stableStore, err error) {
-	// BoltDB's own checks of its pages are panics.
-	defer func() {
-		if p := recover(); p != nil {
-			s, err = nil, &CorruptError{file, fmt.Sprint(p)}
-		}
-	}()
-	bolt, err := raftboltdb.New(raftboltdb.Options{Path: file, BoltOptions: &bbolt.Options{
+// openStable opens the store. It makes one only for a server that holds
+// nothing yet: without its term and vote a server could vote twice.
+func openStable(file string, isNew bool, failed func(error)) (*stableStore, error) {
+	s := &stableStore{file: file, failed: failed}
+	if err := s.prepare(isNew); err != nil {
+		return nil, err
+	}
+	b, err := vfs.ReadFile(vfs.OS, file, stableLimit)
+	if err != nil {
+		return nil, err
+	}
+	sealed, err := checkBolt(b, "conf", string(recordKey))
+	if err == nil {
+		s.values, err = parseRecord(sealed)
+	}
+	if err != nil {
+		return nil, &CorruptError{file, err.Error()}
+	}
+	s.bolt, err = raftboltdb.New(raftboltdb.Options{Path: file, BoltOptions: &bbolt.Options{
 		// The data directory's lock is held: nobody else has it for long.
 		Timeout: 5 * time.Second,
 	}})
-	switch {
-	case errors.Is(err, bbolterrors.ErrInvalid), errors.Is(err, bbolterrors.ErrChecksum), errors.Is(err, bbolterrors.ErrVersionMismatch):
-		return nil, &CorruptError{file, err.Error()}
-	case err != nil:
+	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", file, err)
 	}
-	s = &stableStore{file: file, bolt: bolt}
-	for _, key := range [][]byte{keyCurrentTerm, keyLastVoteTerm, keyLastVoteCand} {
-		if _, err := s.Get(key); err != nil && !isKeyNotFound(err) {
-			return nil, errors.Join(err, bolt.Close())
-		}
+	if got, err := s.bolt.Get(recordKey); err != nil || !bytes.Equal(got, sealed) {
+		return nil, errors.Join(&CorruptError{file, "boltdb reads another value than its pages hold"}, err, s.bolt.Close())
 	}
 	return s, nil
+}
+
+// prepare makes the file if it may be missing.
+func (s *stableStore) prepare(isNew bool) error {
+	f, err := vfs.OS.Open(s.file)
+	if err == nil {
+		return f.Close()
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if !isNew {
+		return &CorruptError{s.file, "it is missing, and with it this server's term and vote"}
+	}
+	temp := s.file + vfs.TempSuffix
+	if err := vfs.RemoveIfThere(vfs.OS, temp); err != nil {
+		return err
+	}
+	if err := s.create(temp); err != nil {
+		return fmt.Errorf("create %s: %w", temp, err)
+	}
+	if err := vfs.OS.Rename(temp, s.file); err != nil {
+		return err
+	}
+	return vfs.OS.SyncDir(filepath.Dir(s.file))
+}
+
+func (s *stableStore) create(name string) (err error) {
+	bolt, err := raftboltdb.New(raftboltdb.Options{Path: name})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, bolt.Close()) }()
+	return writeRecord(bolt, map[string][]byte{})
+}
+
+func parseRecord(sealed []byte) (values map[string][]byte, err error) {
+	n := len(sealed) - 4
+	if n < 0 || binary.LittleEndian.Uint32(sealed[n:]) != crc32.Checksum(sealed[:n], stableTable) {
+		return nil, errors.New("the record's checksum is wrong")
+	}
+	if err := json.Unmarshal(sealed[:n], &values); err != nil {
+		return nil, err
+	}
+	return values, nil
+}
+
+func writeRecord(bolt *raftboltdb.BoltStore, values map[string][]byte) error {
+	b, err := json.Marshal(values)
+	if err != nil {
+		return err
+	}
+	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, stableTable))
+	for range 2 { // see stableStore
+		if err := bolt.Set(recordKey, b); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Raft knows a missing key by its error's text.
 func isKeyNotFound(err error) bool { return errors.Is(err, raftboltdb.ErrKeyNotFound) }
 
-func stableSum(key, value []byte) uint32 {
-	return crc32.Update(crc32.Checksum(key, stableTable), stableTable, value)
-}
-
 // Set implements raft.StableStore.
 func (s *stableStore) Set(key, value []byte) error {
-	sealed := binary.LittleEndian.AppendUint32(append([]byte(nil), value...), stableSum(key, value))
-	if err := s.bolt.Set(key, sealed); err != nil {
-		return fmt.Errorf("write %s: %w", s.file, err)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	values := map[string][]byte{string(key): append([]byte{}, value...)}
+	for k, v := range s.values {
+		if k != string(key) {
+			values[k] = v
+		}
 	}
+	if err := writeRecord(s.bolt, values); err != nil {
+		err = fmt.Errorf("write %s: %w", s.file, err)
+		s.failed(err)
+		return err
+	}
+	s.values = values
 	return nil
 }
 
 // Get implements raft.StableStore.
 func (s *stableStore) Get(key []byte) ([]byte, error) {
-	sealed, err := s.bolt.Get(key)
-	if err != nil {
-		return nil, err // bare: see isKeyNotFound
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v, ok := s.values[string(key)]
+	if !ok {
+		return nil, raftboltdb.ErrKeyNotFound // bare: see isKeyNotFound
 	}
-	n := len(sealed) - 4
-	if n < 0 || binary.LittleEndian.Uint32(sealed[n:]) != stableSum(key, sealed[:n]) {
-		return nil, &CorruptError{s.file, fmt.Sprintf("the value of %s has a wrong checksum", key)}
-	}
-	return sealed[:n], nil
+	return append([]byte{}, v...), nil
 }
 
 // SetUint64 implements raft.StableStore.

@@ -295,7 +295,7 @@ func (m *Mem) Rename(oldname, newname string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	n := m.live[oldname]
-	if n == nil {
+	if n == nil || !m.dirs[path.Dir(newname)] {
 		return notExist("rename", oldname)
 	}
 	delete(m.live, oldname)
@@ -374,11 +374,11 @@ func (m *Mem) Lock(name string) (io.Closer, error) {
 		return nil, fmt.Errorf("lock %s: %w", name, vfs.ErrLocked)
 	}
 	m.locks[name] = true
-	return unlock(func() {
+	return unlock(sync.OnceFunc(func() {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		delete(m.locks, name)
-	}), nil
+	})), nil
 }
 
 type unlock func()
