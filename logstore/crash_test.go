@@ -303,8 +303,47 @@ func TestCrashAnywhere(t *testing.T) {
 		for i := 0; err == nil && i < 60; i++ {
 			err = w.random()
 		}
-		if err = errors.Join(failure, err, w.l.Close()); err != nil {
+		if w.l != nil {
+			err = errors.Join(err, w.l.Close())
+		}
+		if err = errors.Join(failure, err); err != nil {
 			t.Fatalf("after %d crash points: %v", points, err)
 		}
 	}
+}
+
+// TestFailedSyncIsNotForgotten: a sync fails, the process ends, and the next
+// one finds in the kernel's memory what never reached the disk. What it then
+// takes for durable has to be.
+func TestFailedSyncIsNotForgotten(t *testing.T) {
+	fsys := vfstest.New()
+	l := mustOpen(t, smallOptions(fsys))
+	m := model{first: 1}
+	rng := newRand(t)
+	entries := m.generate(rng, 2, 300)
+	must(t, l.Append(entries))
+	m.append(entries)
+	fsys.SetHook(func(op vfstest.Op) error {
+		if op.Kind == "sync" {
+			return errors.New("input/output error")
+		}
+		return nil
+	})
+	entries = m.generate(rng, 2, 300)
+	if err := l.Append(entries); !errors.Is(err, ErrFailed) {
+		t.Fatal(err)
+	}
+	fsys.SetHook(nil)
+	if err := l.Close(); !errors.Is(err, ErrFailed) {
+		t.Fatal(err)
+	}
+	m.append(entries)
+
+	l = mustOpen(t, smallOptions(fsys)) // the entries are there: nobody cut the power
+	must(t, checkEntriesEqual(l, &m))
+	crashed := fsys.CrashClone(rng, vfstest.None)
+	must(t, l.Close())
+	l = mustOpen(t, smallOptions(crashed))
+	must(t, checkEntriesEqual(l, &m))
+	must(t, l.Close())
 }

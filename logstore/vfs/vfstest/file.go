@@ -66,11 +66,15 @@ func (f *file) Size() (int64, error) {
 }
 
 func (f *file) Sync() error {
-	if err := f.m.before("sync", f.name); err != nil {
-		return err
-	}
+	err := f.m.before("sync", f.name)
 	f.m.mu.Lock()
 	defer f.m.mu.Unlock()
+	if err != nil {
+		// As Linux does it: what could not be written counts as written from
+		// now on, though only memory has it, and the next sync succeeds.
+		clear(f.n.dirty)
+		return err
+	}
 	if err := f.check("sync", false); err != nil {
 		return err
 	}
