@@ -22,12 +22,15 @@ func TestMain(m *testing.M) {
 	if name := os.Getenv(holdEnv); name != "" {
 		os.Exit(holdLock(name))
 	}
+	// Now, because tests change the environment and the working directory.
+	program.home, program.err = os.Getwd()
+	if program.err == nil {
+		program.dir, program.err = os.MkdirTemp("", "diurna-agent-test-")
+	}
 	code := m.Run()
-	if program.dir != "" {
-		if err := os.RemoveAll(program.dir); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = max(code, 1)
-		}
+	if err := os.RemoveAll(program.dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = max(code, 1)
 	}
 	if code == 0 {
 		if err := goleak.Find(); err != nil {
@@ -56,6 +59,7 @@ func holdLock(name string) int {
 // race detector, whatever the tests have: it is to be killed at full speed.
 var program struct {
 	once sync.Once
+	home string // where the source is
 	dir  string
 	path string
 	err  error
@@ -64,11 +68,12 @@ var program struct {
 func diurna(t testing.TB) string {
 	t.Helper()
 	program.once.Do(func() {
-		if program.dir, program.err = os.MkdirTemp("", "diurna-agent-test-"); program.err != nil {
+		if program.err != nil {
 			return
 		}
 		program.path = filepath.Join(program.dir, "diurna")
 		build := exec.Command("go", "build", "-race=false", "-buildvcs=false", "-o", program.path, "github.com/diurnalog/diurna")
+		build.Dir = program.home
 		build.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := build.CombinedOutput(); err != nil {
 			program.err = fmt.Errorf("%w\n%s", err, out)

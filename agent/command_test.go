@@ -1,0 +1,535 @@
+package agent
+
+import (
+	"bytes"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/diurnalog/diurna/agent/config"
+	"github.com/diurnalog/diurna/logstore"
+	"github.com/diurnalog/diurna/rpc/client"
+)
+
+// command is the agent's verb in this process, with its seams in the test's
+// hands.
+type command struct {
+	*agentCommand
+	stdout, stderr *output
+	signals        chan os.Signal
+	exits          chan int // what would have ended the process
+	code           chan int
+}
+
+func newCommand() *command {
+	c := &command{stdout: newOutput(), stderr: newOutput(), signals: make(chan os.Signal, 4), exits: make(chan int, 4), code: make(chan int, 1)}
+	c.agentCommand = &agentCommand{
+		stdout: c.stdout, stderr: c.stderr, program: "diurna", version: "1.2.3",
+		signals: func() (<-chan os.Signal, func()) { return c.signals, func() {} },
+		exit:    func(code int) { c.exits <- code },
+	}
+	return c
+}
+
+func (c *command) start(args ...string) {
+	go func() {
+		c.code <- c.Run(append([]string{"-dev", "-rpc-addr", "127.0.0.1:0", "-log-json"}, args...))
+	}()
+}
+
+func (c *command) mustAddr(t testing.TB) string {
+	t.Helper()
+	text := c.stderr.mustAwait(t, `"@message":"ready"`)
+	return find(logLines(t, text), "node started").str("address")
+}
+
+// TestDev does what somebody does who has just found this.
+func TestDev(t *testing.T) {
+	tmp := t.TempDir()
+	t.Setenv("TMPDIR", tmp)
+	node := startDiurna(t, "agent", "-dev", "-rpc-addr", "127.0.0.1:0")
+	banner := node.stdout.mustAwait(t, "consume")
+	lines := regexp.MustCompile(`(?m)^    (.*)$`).FindAllStringSubmatch(banner, -1)
+	if !strings.Contains(banner, "Ready.") || len(lines) != 2 {
+		t.Fatalf("the banner is %q", banner)
+	}
+	run := func(line string) (string, string) {
+		t.Helper()
+		cmd := exec.Command("sh", "-c", line)
+		var out, err bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &err
+		if e := cmd.Run(); e != nil {
+			t.Fatalf("%s: %v\n%s", line, e, err.String())
+		}
+		return out.String(), err.String()
+	}
+	if _, said := run(lines[0][1]); !strings.Contains(said, "100000 records") || !strings.Contains(said, "offsets 0–99999") {
+		t.Errorf("produce says %q", said)
+	}
+	var want strings.Builder
+	for i := range 100_000 {
+		fmt.Fprintln(&want, i+1)
+	}
+	if got, _ := run(lines[1][1]); got != want.String() {
+		t.Errorf("consume prints %d bytes, %.20q…; want %d", len(got), got, want.Len())
+	}
+	if entries, err := os.ReadDir(tmp); err != nil || len(entries) != 1 {
+		t.Errorf("%v, %v", entries, err)
+	}
+	node.signal(t, os.Interrupt)
+	if code := node.wait(t); code != exitOK {
+		t.Errorf("exit %d: %s", code, node.stderr.text())
+	}
+	if entries, err := os.ReadDir(tmp); err != nil || len(entries) != 0 {
+		t.Errorf("left behind: %v, %v", entries, err)
+	}
+}
+
+func TestBannerNamesTheAddress(t *testing.T) {
+	for address, want := range map[string]string{
+		"127.0.0.1:8400": "bin/diurna consume\n",
+		"127.0.0.1:9400": "bin/diurna consume -addr 127.0.0.1:9400\n",
+		"10.0.0.7:8400":  "| bin/diurna produce -addr 10.0.0.7:8400\n",
+	} {
+		c := newCommand()
+		c.program = "bin/diurna"
+		c.banner(&Agent{address: address})
+		if got := c.stdout.text(); !strings.Contains(got, want) {
+			t.Errorf("%s: %q", address, got)
+		}
+	}
+}
+
+func TestSignalsStop(t *testing.T) {
+	for _, signal := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
+		t.Run(signal.String(), func(t *testing.T) {
+			dir := t.TempDir()
+			n := startNode(t, dir)
+			produce(t, dial(t, n.addr), numbered("x", 100)...)
+			follow := startDiurna(t, "consume", "-addr", n.addr, "-follow")
+			follow.stdout.mustAwait(t, "x-99\n")
+			n.signal(t, signal)
+			if code := n.wait(t); code != exitOK {
+				t.Fatalf("exit %d:\n%s", code, n.stderr.text())
+			}
+			if code, said := follow.wait(t), follow.stderr.text(); code != 2 || !strings.Contains(said, "SHUTTING_DOWN") || !strings.Contains(said, "-from 100") {
+				t.Errorf("a reader ends with %d and %q", code, said)
+			}
+			lines := n.log(t)
+			if last := lines[len(lines)-1]; last.message() != "stopped" {
+				t.Errorf("the last word is %v", last)
+			}
+			l, err := logstore.Open(filepath.Join(dir, logsDir, "default", "log"), logstore.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if r := l.Recovery(); !r.Clean || r.Torn != "" || r.Bytes != 0 {
+				t.Errorf("not closed cleanly: %+v", r)
+			}
+			if err := l.Close(); err != nil {
+				t.Fatal(err)
+			}
+			n = startNode(t, dir)
+			if got := consume(t, dial(t, n.addr), 0); len(got) != 100 {
+				t.Errorf("%d records", len(got))
+			}
+			for _, l := range n.log(t) {
+				if level := l.str("@level"); level != "info" && !strings.Contains(l.message(), "heartbeat timeout reached") {
+					t.Errorf("a clean start says %v", l)
+				}
+			}
+			n.terminate(t)
+		})
+	}
+}
+
+func TestSecondSignal(t *testing.T) {
+	fsys := newFaultyFS()
+	c := newCommand()
+	c.fs = fsys
+	c.start("-data-dir", t.TempDir())
+	addr := c.mustAddr(t)
+	hanging, release := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	fsys.set(func(op, name string) error {
+		if op == "sync" {
+			once.Do(func() { close(hanging) })
+			<-release
+		}
+		return nil
+	})
+	cl := dial(t, addr)
+	produced := make(chan error, 1)
+	go func() {
+		_, err := cl.Produce(t.Context(), []*client.Record{{}})
+		produced <- err
+	}()
+	<-hanging
+	c.signals <- os.Interrupt
+	c.stderr.mustAwait(t, `"@message":"stopping"`)
+	c.signals <- syscall.SIGHUP // is not a second one
+	c.signals <- os.Interrupt
+	if code := await(t, c.exits); code != exitUsage {
+		t.Errorf("exit %d", code)
+	}
+	if code := await(t, c.code); code != exitUsage {
+		t.Errorf("exit %d", code)
+	}
+	close(release)
+	await(t, fsys.unlocked)
+	await(t, produced)
+}
+
+// TestSignalsWhileStarting: a start that takes long can be ended.
+func TestSignalsWhileStarting(t *testing.T) {
+	begin := func(t *testing.T, dir string) (c *command, fsys *faultyFS, release chan error) {
+		fsys = newFaultyFS()
+		hanging := make(chan struct{})
+		release = make(chan error)
+		fsys.set(func(op, name string) error {
+			if op == "create" && strings.HasSuffix(name, ".tmp") && strings.Contains(name, "default") {
+				fsys.set(nil)
+				close(hanging)
+				return <-release
+			}
+			return nil
+		})
+		c = newCommand()
+		c.fs = fsys
+		c.start("-data-dir", dir)
+		await(t, hanging)
+		return c, fsys, release
+	}
+	t.Run("first", func(t *testing.T) {
+		c, _, release := begin(t, t.TempDir())
+		c.signals <- syscall.SIGTERM
+		c.stderr.mustAwait(t, "stopping once it has started")
+		release <- nil
+		if code := await(t, c.code); code != exitOK {
+			t.Errorf("exit %d: %s", code, c.stderr.text())
+		}
+	})
+	t.Run("second", func(t *testing.T) {
+		c, fsys, release := begin(t, t.TempDir())
+		c.signals <- os.Interrupt
+		c.signals <- os.Interrupt
+		if code := await(t, c.exits); code != exitUsage {
+			t.Errorf("exit %d", code)
+		}
+		release <- syscall.EIO
+		await(t, fsys.unlocked)
+	})
+	t.Run("reload", func(t *testing.T) {
+		c, _, release := begin(t, t.TempDir())
+		c.signals <- syscall.SIGHUP
+		release <- nil
+		c.stderr.mustAwait(t, "configuration reloaded; nothing has changed")
+		c.signals <- os.Interrupt
+		if code := await(t, c.code); code != exitOK {
+			t.Errorf("exit %d: %s", code, c.stderr.text())
+		}
+	})
+}
+
+func TestReloadSignal(t *testing.T) {
+	dir := t.TempDir()
+	conf := filepath.Join(dir, "node.hcl")
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(`log_level = "info"`)
+	n := startNode(t, filepath.Join(dir, "data"), "-config-file", conf)
+	c := dial(t, n.addr)
+
+	hup := func(want string) logLine {
+		t.Helper()
+		before := len(n.log(t))
+		n.signal(t, syscall.SIGHUP)
+		text, ok := n.stderr.await(t, func(text string) bool { return find(logLines(t, text)[before:], want) != nil })
+		if !ok {
+			t.Fatalf("the node ended:\n%s", text)
+		}
+		return find(logLines(t, text)[before:], want)
+	}
+	hup("configuration reloaded; nothing has changed")
+	write(`log_level = "debug"`)
+	if l := hup("configuration changed"); l.str("key") != "log_level" || l.str("from") != "info" || l.str("to") != "debug" {
+		t.Errorf("%v", l)
+	}
+	write("log_level = \"debug\"\nlog {\n  segment_size = \"2MiB\"\n}\n")
+	for range 2 {
+		if l := hup("configuration changed, but takes effect with the next start only"); l.str("key") != "log.segment_size" || l.str("@level") != "warn" {
+			t.Errorf("%v", l)
+		}
+	}
+	write("log_level = \"debug\"\nlogs {\n}\nlog_levle = 1")
+	if l := hup("configuration not reloaded"); !strings.Contains(l.str("error"), conf+":2") || !strings.Contains(l.str("error"), conf+":4") {
+		t.Errorf("%v", l)
+	}
+	// It is still there, as it was.
+	produce(t, c, "x")
+	write(`log_level = "debug"`)
+	hup("configuration reloaded; nothing has changed")
+	n.terminate(t)
+}
+
+// TestNotStarted: what is wrong is told before anything is touched.
+func TestNotStarted(t *testing.T) {
+	for name, tc := range map[string]struct {
+		args   []string
+		conf   string
+		stderr []string
+	}{
+		"unknown flag":    {args: []string{"-data-dri", "data"}, stderr: []string{"-data-dri", "-data-dir?", "diurna agent -help"}},
+		"flag's value":    {args: []string{"-data-dir"}, stderr: []string{"-data-dir"}},
+		"argument":        {args: []string{"-data-dir", "data", "stray"}, stderr: []string{"stray"}},
+		"no data_dir":     {args: []string{"-rpc-addr", "127.0.0.1:0"}, stderr: []string{"Missing data_dir", "-dev"}},
+		"wrong address":   {args: []string{"-data-dir", "data", "-rpc-addr", "nowhere"}, stderr: []string{"listener.rpc", "-rpc-addr"}},
+		"no such file":    {args: []string{"-data-dir", "data", "-config-file", "none.hcl"}, stderr: []string{"none.hcl", "no such file"}},
+		"broken HCL":      {conf: "data_dir = \"data\"\nlistener {\n", stderr: []string{"node.hcl line 2", "listener {"}},
+		"unknown key":     {conf: "data_dir = \"data\"\nlog_levle = \"info\"\n", stderr: []string{"node.hcl line 2", `"log_level"?`}},
+		"value too large": {conf: "data_dir = \"data\"\nlog {\n  segment_size = \"1TiB\"\n}\n", stderr: []string{"node.hcl line 3", "segment_size"}},
+		"two mistakes":    {conf: "log_json = \"maybe\"\nlog_level = \"loud\"\n", stderr: []string{"node.hcl line 1", "node.hcl line 2"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			t.Chdir(dir)
+			args := append([]string{"agent"}, tc.args...)
+			if tc.conf != "" {
+				writeFiles(t, dir, map[string]string{"node.hcl": tc.conf})
+				args = append(args, "-config-file", "node.hcl", "-rpc-addr", "127.0.0.1:0")
+			}
+			before := listing(t, dir)
+			code, stdout, stderr := runDiurna(t, "", args...)
+			if code != exitUsage || stdout != "" {
+				t.Errorf("exit %d, prints %q", code, stdout)
+			}
+			for _, want := range tc.stderr {
+				if !strings.Contains(stderr, want) {
+					t.Errorf("does not say %q:\n%s", want, stderr)
+				}
+			}
+			if strings.Contains(stderr, "node started") {
+				t.Errorf("it started:\n%s", stderr)
+			}
+			sameListing(t, before, listing(t, dir))
+
+			if tc.conf == "" {
+				return
+			}
+			code, stdout, validate := runDiurna(t, "", "validate", "node.hcl")
+			if code != exitUsage || stdout != "" || validate != stderr {
+				t.Errorf("validate exits %d, prints %q, says\n%s\nand agent\n%s", code, stdout, validate, stderr)
+			}
+		})
+	}
+}
+
+func TestValidate(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	writeFiles(t, dir, map[string]string{"a.hcl": `data_dir = "data"`, "b.json": `{"log_level": "warn"}`, "d": "/", "d/c.hcl": `log_level = 1`, "d/notes.txt": "no"})
+	for _, tc := range []struct {
+		args   []string
+		code   int
+		stderr string
+	}{
+		{[]string{"a.hcl"}, 0, ""},
+		{[]string{"a.hcl", "b.json"}, 0, ""},
+		{[]string{"b.json"}, 1, "Missing data_dir"},
+		{[]string{"a.hcl", "d"}, 1, "c.hcl line 1"},
+		{[]string{"none"}, 1, "none"},
+		{nil, 1, "name at least one"},
+		{[]string{"-x"}, 1, "-x"},
+	} {
+		code, stdout, stderr := runDiurna(t, "", append([]string{"validate"}, tc.args...)...)
+		if code != tc.code || (code == 0) != (stdout == "The configuration is valid.\n") || !strings.Contains(stderr, tc.stderr) || (code == 0) != (stderr == "") {
+			t.Errorf("validate %v: exit %d, %q, %q", tc.args, code, stdout, stderr)
+		}
+	}
+	if entries, err := os.ReadDir("."); err != nil || len(entries) != 3 {
+		t.Errorf("validate made something: %v, %v", entries, err)
+	}
+}
+
+// TestLogJSON: with it, nothing but JSON, whatever happens.
+func TestLogJSON(t *testing.T) {
+	root := t.TempDir()
+	dir := filepath.Join(root, "data")
+	conf := filepath.Join(root, "node.hcl")
+	writeFiles(t, root, map[string]string{"node.hcl": ""})
+	n := startNode(t, dir, "-log-level", "trace", "-config-file", conf)
+	produce(t, dial(t, n.addr), "x")
+	writeFiles(t, root, map[string]string{"node.hcl": "log {"})
+	n.signal(t, syscall.SIGHUP)
+	n.stderr.mustAwait(t, "configuration not reloaded")
+	second := startDiurna(t, "agent", "-data-dir", dir, "-rpc-addr", "127.0.0.1:0", "-log-json")
+	if code := second.wait(t); code != exitUsage {
+		t.Errorf("exit %d", code)
+	}
+	if l := find(logLines(t, second.stderr.text()), "cannot start"); l == nil || l.str("@level") != "error" || !strings.Contains(l.str("error"), dir) {
+		t.Errorf("%s", second.stderr.text())
+	}
+	n.terminate(t)
+	if len(n.log(t)) < 5 {
+		t.Errorf("%s", n.stderr.text())
+	}
+	for _, p := range []*process{n.process, second} {
+		if out := p.stdout.text(); out != "" {
+			t.Errorf("on standard output: %q", out)
+		}
+	}
+}
+
+// TestDiskFailsUnderCommand: the process ends with a code of its own.
+func TestDiskFailsUnderCommand(t *testing.T) {
+	for _, tc := range []struct {
+		errno  error
+		advice string
+	}{{syscall.EIO, "Look at the disk"}, {syscall.ENOSPC, "Make room"}} {
+		fsys := newFaultyFS()
+		c := newCommand()
+		c.fs = fsys
+		dir := t.TempDir()
+		c.start("-data-dir", dir)
+		cl := dial(t, c.mustAddr(t))
+		fsys.set(func(op, name string) error {
+			if op == "write" {
+				return &fs.PathError{Op: op, Path: name, Err: tc.errno}
+			}
+			return nil
+		})
+		if _, err := cl.Produce(t.Context(), []*client.Record{{}}); err == nil {
+			t.Error("acknowledged")
+		}
+		if code := await(t, c.exits); code != exitStorage {
+			t.Errorf("exit %d", code)
+		}
+		text := c.stderr.text()
+		if !strings.Contains(text, tc.advice) || !strings.Contains(text, filepath.Join(dir, logsDir)) || !strings.Contains(text, tc.errno.Error()) {
+			t.Errorf("%s", text)
+		}
+		// Here, the process did not end.
+		fsys.set(nil)
+		c.signals <- os.Interrupt
+		await(t, c.code)
+	}
+}
+
+// TestServiceEndsUnderCommand: a port that is lost is the end, with its code.
+func TestServiceEndsUnderCommand(t *testing.T) {
+	a := startReady(t, testConfig(t, t.TempDir()), Options{})
+	c := newCommand()
+	if err := a.listen.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if code := c.supervise(a.Agent, a.cfg, config.Sources{}, a.opts.Logger, c.signals); code != exitServer {
+		t.Errorf("exit %d", code)
+	}
+	if text := c.stderr.text(); !strings.Contains(text, "cannot serve any more") || !strings.Contains(text, a.Address()) {
+		t.Errorf("%s", text)
+	}
+}
+
+// TestDiskFull fills a real disk under a node.
+func TestDiskFull(t *testing.T) {
+	disk := t.TempDir()
+	mountTmpfs(t, disk, "12M")
+	dir := filepath.Join(disk, "data")
+	conf := filepath.Join(t.TempDir(), "node.hcl")
+	if err := os.WriteFile(conf, []byte(`log { segment_size = "1MiB" }`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ballast := filepath.Join(disk, "ballast")
+	if err := os.WriteFile(ballast, make([]byte, 4<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n := startDiurna(t, "agent", "-data-dir", dir, "-rpc-addr", "127.0.0.1:0", "-config-file", conf)
+	addr := regexp.MustCompile(`address=(\S+)`).FindStringSubmatch(n.stderr.mustAwait(t, "ready"))[1]
+	p := startDiurna(t, "produce", "-addr", addr, "-print-offsets")
+	sent := make(chan int, 1)
+	go func() {
+		i := 0
+		for ; ; i++ {
+			if _, err := fmt.Fprintf(p.stdin, "%s\n", record("disk", uint64(i))); err != nil {
+				break
+			}
+		}
+		sent <- i
+	}()
+	if code := n.wait(t); code != exitStorage {
+		t.Fatalf("exit %d, want %d:\n%s", code, exitStorage, n.stderr.text())
+	}
+	if code := p.wait(t); code != 2 {
+		t.Errorf("produce: exit %d: %s", code, p.stderr.text())
+	}
+	<-sent
+	said := n.stderr.text()
+	t.Logf("the node's last words:\n%s", said[max(0, len(said)-700):])
+	t.Logf("the producer's:\n%s", p.stderr.text())
+	last := lastLine(said)
+	if !strings.HasPrefix(last, "Error: the disk is full: ") || !strings.Contains(last, dir) || !strings.Contains(last, "no space left on device") || !strings.Contains(last, "Make room") {
+		t.Errorf("the last word is %q", last)
+	}
+
+	acked := strings.Fields(p.stdout.text())
+	check := func(c *client.Client) (all int) {
+		t.Helper()
+		got := consume(t, c, 0)
+		if len(acked) == 0 || len(got) < len(acked) {
+			t.Fatalf("%d were acknowledged, there are %d", len(acked), len(got))
+		}
+		for i, text := range got {
+			if text != record("disk", uint64(i)) || i < len(acked) && acked[i] != strconv.Itoa(i) {
+				t.Fatalf("offset %d holds %.40q", i, text)
+			}
+		}
+		return len(got)
+	}
+
+	// As long as there is no room, it can be read from, as far as it gets, and
+	// ends the same way when it is to write.
+	for range 3 {
+		n := startDiurna(t, "agent", "-data-dir", dir, "-rpc-addr", "127.0.0.1:0", "-config-file", conf)
+		said, ready := n.stderr.await(t, func(text string) bool { return strings.Contains(text, "diurna: ready") })
+		if ready {
+			c := dial(t, regexp.MustCompile(`address=(\S+)`).FindStringSubmatch(said)[1])
+			check(c)
+			// Too large for what is left of the segment.
+			_, err := c.Produce(t.Context(), []*client.Record{{Value: make([]byte, 1000<<10)}})
+			if err == nil {
+				t.Fatal("there was room")
+			}
+		}
+		code, said := n.wait(t), n.stderr.text()
+		if ready != (code == exitStorage) || !ready && code != exitUsage || !strings.Contains(lastLine(said), "the disk is full") || strings.Contains(said, "goroutine ") {
+			t.Errorf("while it is full: exit %d:\n%s", code, said)
+		}
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	again := startNode(t, dir, "-config-file", conf)
+	c := dial(t, again.addr)
+	next := check(c)
+	if ack := produce(t, c, "and on"); ack.BaseOffset != uint64(next) {
+		t.Errorf("goes on at %d, want %d", ack.BaseOffset, next)
+	}
+	again.terminate(t)
+}
+
+func lastLine(text string) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	return lines[len(lines)-1]
+}
