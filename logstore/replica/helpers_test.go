@@ -101,6 +101,11 @@ func readAll(r *Replica) (first uint64, records []record, err error) {
 	buf := make([]byte, 64<<10)
 	for next := first; next < watermark; {
 		batches, err := r.Read(next, buf, nil)
+		var short *logstore.ShortBufferError
+		if errors.As(err, &short) {
+			buf = make([]byte, short.Need)
+			continue
+		}
 		if err != nil {
 			return first, nil, fmt.Errorf("read at %d of %d: %w", next, watermark, err)
 		}

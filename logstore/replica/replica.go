@@ -82,16 +82,10 @@ func Open(cfg Config) (r *Replica, err error) {
 	if err != nil {
 		return nil, err
 	}
-	stableFile := filepath.Join(cfg.Dir, "raft.db")
-	if r.stable, err = openStable(stableFile, term == 0, r.fatal); err != nil {
+	if r.stable, err = openStable(filepath.Join(cfg.Dir, "raft.db"), term, r.fatal); err != nil {
 		return nil, err
 	}
 	opened = append(opened, r.stable.Close)
-	if known, err := r.stable.GetUint64(keyCurrentTerm); err != nil && !isKeyNotFound(err) {
-		return nil, err
-	} else if known < term {
-		return nil, &CorruptError{stableFile, fmt.Sprintf("it knows term %d, but the log is of term %d: it is older, and so may be its vote", known, term)}
-	}
 	store := &logStore{log: r.log, applied: r.applied, fatal: r.fatal}
 	if cfg.Bootstrap {
 		if err := r.bootstrap(store, snapshots); err != nil {
@@ -175,15 +169,12 @@ func (r *Replica) checkSeam(file string, snap *snapshotFile, state *fsmState) er
 // bootstrap makes the first configuration if there is nothing at all. Raft
 // writes a term before it, and a crash between the two would leave a server
 // that believes to have state but has no peers, not even itself; a term
-// without a log and a vote is such a leftover.
+// without a log is such a leftover.
 func (r *Replica) bootstrap(store *logStore, snapshots *snapshotStore) error {
 	if last, err := store.LastIndex(); err != nil || last > 0 {
 		return err
 	}
 	if ids, err := snapshots.ids(); err != nil || len(ids) > 0 {
-		return err
-	}
-	if _, err := r.stable.Get(keyLastVoteTerm); !isKeyNotFound(err) {
 		return err
 	}
 	if err := r.stable.SetUint64(keyCurrentTerm, 0); err != nil {

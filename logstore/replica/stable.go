@@ -57,11 +57,12 @@ var (
 	keyLastVoteCand = []byte("LastVoteCand")
 )
 
-// openStable opens the store. It makes one only for a server that holds
-// nothing yet: without its term and vote a server could vote twice.
-func openStable(file string, isNew bool, failed func(error)) (*stableStore, error) {
+// openStable opens the store of a server that has seen a term. Only for one
+// that has seen none it makes the file: without its term and vote, or with
+// those of an earlier time, a server could vote twice.
+func openStable(file string, seen uint64, failed func(error)) (*stableStore, error) {
 	s := &stableStore{file: file, failed: failed}
-	if err := s.prepare(isNew); err != nil {
+	if err := s.prepare(seen == 0); err != nil {
 		return nil, err
 	}
 	b, err := vfs.ReadFile(vfs.OS, file, stableLimit)
@@ -74,6 +75,15 @@ func openStable(file string, isNew bool, failed func(error)) (*stableStore, erro
 	}
 	if err != nil {
 		return nil, &CorruptError{file, err.Error()}
+	}
+	if known, err := s.GetUint64(keyCurrentTerm); err != nil && !isKeyNotFound(err) {
+		return nil, err
+	} else if known < seen {
+		return nil, &CorruptError{file, fmt.Sprintf("it knows term %d, but the log is of term %d: it is older, and so may be its vote", known, seen)}
+	}
+	if s.values[string(keyLastVoteTerm)] != nil && seen == 0 {
+		// A voter that has forgotten what it acknowledged.
+		return nil, &CorruptError{file, "it holds a vote, but there is neither a log nor a snapshot: they are lost"}
 	}
 	s.bolt, err = raftboltdb.New(raftboltdb.Options{Path: file, BoltOptions: &bbolt.Options{
 		// The data directory's lock is held: nobody else has it for long.

@@ -17,9 +17,9 @@ import (
 
 var _ raft.StableStore = (*stableStore)(nil)
 
-func mustOpenStable(t testing.TB, file string, isNew bool) *stableStore {
+func mustOpenStable(t testing.TB, file string, seen uint64) *stableStore {
 	t.Helper()
-	s, err := openStable(file, isNew, func(err error) { t.Error(err) })
+	s, err := openStable(file, seen, func(err error) { t.Error(err) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,7 +48,7 @@ func readVote(s *stableStore) (v vote, err error) {
 
 func TestStableKeepsValues(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "raft.db")
-	s := mustOpenStable(t, file, true)
+	s := mustOpenStable(t, file, 0)
 	for range 2 {
 		for _, key := range [][]byte{keyCurrentTerm, keyLastVoteCand} {
 			// Raft knows it by this text alone.
@@ -60,7 +60,7 @@ func TestStableKeepsValues(t *testing.T) {
 			}
 		}
 		s.Close()
-		s = mustOpenStable(t, file, false)
+		s = mustOpenStable(t, file, 0)
 	}
 	// To BoltDB the lengths are a bucket within a page, one of a page, one of
 	// several pages.
@@ -75,7 +75,7 @@ func TestStableKeepsValues(t *testing.T) {
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
-		s = mustOpenStable(t, file, i%2 == 0)
+		s = mustOpenStable(t, file, want.term)
 		if got, err := readVote(s); err != nil || got != want {
 			t.Fatalf("reopened: %+v (%v), want %+v", got, err, want)
 		}
@@ -90,7 +90,7 @@ func TestStableKeepsValues(t *testing.T) {
 // TestStableFailure: Raft goes on with some values that it could not write.
 func TestStableFailure(t *testing.T) {
 	var told []error
-	s, err := openStable(filepath.Join(t.TempDir(), "raft.db"), true, func(err error) { told = append(told, err) })
+	s, err := openStable(filepath.Join(t.TempDir(), "raft.db"), 0, func(err error) { told = append(told, err) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,7 +107,7 @@ func TestStableFailure(t *testing.T) {
 func TestStableRefuses(t *testing.T) {
 	dir := t.TempDir()
 	good := filepath.Join(dir, "good")
-	s := mustOpenStable(t, good, true)
+	s := mustOpenStable(t, good, 0)
 	if err := (vote{7, 7, "a"}).write(s); err != nil {
 		t.Fatal(err)
 	}
@@ -144,13 +144,15 @@ func TestStableRefuses(t *testing.T) {
 		"both metas zeroed": append(make([]byte, 2*4096), content[2*4096:]...),
 	} {
 		file := filepath.Join(dir, "test.db")
-		os.Remove(file)
+		_ = os.Remove(file)
+		seen := uint64(1)
 		if b != nil {
+			seen = 0 // it must not be made anew in any case
 			if err := os.WriteFile(file, b, 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}
-		s, err := openStable(file, b != nil, func(err error) { t.Error(err) })
+		s, err := openStable(file, seen, func(err error) { t.Error(err) })
 		if s != nil && err == nil {
 			s.Close()
 		}
@@ -171,7 +173,8 @@ func TestStableCreation(t *testing.T) {
 		if err := os.WriteFile(file+vfs.TempSuffix, []byte(left), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		mustOpenStable(t, file, true).Close()
+		s := mustOpenStable(t, file, 0)
+		s.Close()
 		if _, err := os.Stat(file + vfs.TempSuffix); !errors.Is(err, os.ErrNotExist) {
 			t.Error(err)
 		}
@@ -188,7 +191,7 @@ func TestStableRot(t *testing.T) {
 	rng := newRand(t)
 	dir := t.TempDir()
 	file := filepath.Join(dir, "raft.db")
-	s := mustOpenStable(t, file, true)
+	s := mustOpenStable(t, file, 0)
 	var want vote
 	for i := range uint64(9) {
 		want = vote{i + 3, i + 2, "server-" + string(rune('a'+i))}
@@ -248,7 +251,7 @@ func TestStableRot(t *testing.T) {
 			fine++
 		}
 		// What BoltDB maps of a file that made it panic stays mapped.
-		os.Remove(file)
+		_ = os.Remove(file)
 	}
 	t.Logf("%d refused, %d harmless", refused, fine)
 	if refused == 0 || fine == 0 {
@@ -258,7 +261,7 @@ func TestStableRot(t *testing.T) {
 
 // reopenVote opens a damaged file and uses it as Raft would.
 func reopenVote(t *testing.T, file string) (vote, error) {
-	s, err := openStable(file, false, func(err error) { t.Error(err) })
+	s, err := openStable(file, 1, func(err error) { t.Error(err) })
 	if err != nil {
 		return vote{}, err
 	}
@@ -272,8 +275,8 @@ func TestStableFallback(t *testing.T) {
 	dir := t.TempDir()
 	for i := range 6 { // whichever page is the newer one
 		file := filepath.Join(dir, "raft.db")
-		os.Remove(file)
-		s := mustOpenStable(t, file, true)
+		_ = os.Remove(file)
+		s := mustOpenStable(t, file, 0)
 		var want vote
 		for j := range uint64(2 + i) {
 			want = vote{j + 1, j + 1, "b"}
@@ -301,7 +304,7 @@ func TestStableFallback(t *testing.T) {
 
 func FuzzBolt(f *testing.F) {
 	file := filepath.Join(f.TempDir(), "raft.db")
-	s := mustOpenStable(f, file, true)
+	s := mustOpenStable(f, file, 0)
 	for i := range uint64(3) {
 		if err := (vote{i, i, strings.Repeat("x", int(i)*1000)}).write(s); err != nil {
 			f.Fatal(err)
@@ -321,4 +324,26 @@ func FuzzBolt(f *testing.F) {
 			_, _ = parseRecord(sealed)
 		}
 	})
+}
+
+// TestStableOlder: a file from a backup does not know of votes since.
+func TestStableOlder(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "raft.db")
+	s := mustOpenStable(t, file, 0)
+	if err := errors.Join((vote{7, 7, "a"}).write(s), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var corrupt *CorruptError
+	if _, err := openStable(file, 8, nil); !errors.As(err, &corrupt) {
+		t.Error(err)
+	}
+	if after, err := os.ReadFile(file); err != nil || !bytes.Equal(before, after) {
+		t.Errorf("the file was changed (%v)", err)
+	}
+	s = mustOpenStable(t, file, 7)
+	s.Close()
 }

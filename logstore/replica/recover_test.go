@@ -1,0 +1,300 @@
+package replica
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/diurnalog/diurna/logstore"
+	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
+)
+
+// TestRestartAppliesNothing: a clean close leaves a snapshot of the last entry.
+func TestRestartAppliesNothing(t *testing.T) {
+	dir := t.TempDir()
+	for round := range uint64(3) {
+		r := mustOpen(t, testConfig(t, dir))
+		for range 20 {
+			mustPropose(t, r, "0123456789abcdef", 1)
+		}
+		last := r.log.LastIndex()
+		mustClose(t, r)
+
+		s, err := openSnapshots(r.cfg.FS, filepath.Join(dir, "snapshots"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		metas, err := s.List()
+		if err != nil || len(metas) != 1 || metas[0].Index != last {
+			t.Fatalf("snapshots %v (%v), want one of index %d", metas, err, last)
+		}
+		// Before anybody leads, so before Raft could apply anything.
+		cfg := testConfig(t, dir)
+		cfg.HeartbeatTimeout, cfg.ElectionTimeout = 3600e9, 3600e9
+		r, err = Open(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, watermark, _ := r.Bounds(); watermark != 20*(round+1) || r.applied.Load() != last || r.raft.AppliedIndex() != last {
+			t.Errorf("watermark %d, applied %d and %d, want %d and %d", watermark, r.applied.Load(), r.raft.AppliedIndex(), 20*(round+1), last)
+		}
+		if !r.log.Recovery().Clean {
+			t.Error("the log was not closed")
+		}
+		mustClose(t, r)
+	}
+}
+
+// TestBootstrapInterrupted: Raft writes a term before the first configuration.
+func TestBootstrapInterrupted(t *testing.T) {
+	dir := t.TempDir()
+	s := mustOpenStable(t, filepath.Join(dir, "raft.db"), 0)
+	if err := errors.Join(s.SetUint64(keyCurrentTerm, 1), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	r := mustOpen(t, testConfig(t, dir))
+	mustPropose(t, r, "x", 1)
+	mustClose(t, r)
+}
+
+// TestLostLog: a server that has voted has had a log.
+func TestLostLog(t *testing.T) {
+	dir := t.TempDir()
+	s := mustOpenStable(t, filepath.Join(dir, "raft.db"), 0)
+	if err := errors.Join((vote{4, 4, "b"}).write(s), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		var corrupt *CorruptError
+		if _, err := Open(testConfig(t, dir)); !errors.As(err, &corrupt) {
+			t.Error(err)
+		}
+	}
+}
+
+// TestOpenRefuses everything that a crash cannot have made.
+func TestOpenRefuses(t *testing.T) {
+	dir := t.TempDir()
+	fs := vfstest.New()
+	cfg := memConfig(dir, fs)
+	file := filepath.Join(dir, "raft.db")
+	r := mustOpen(t, cfg)
+	for i := range uint64(30) {
+		p := batchOf(i, 20)
+		mustPropose(t, r, string(p.Records), p.Count)
+	}
+	older, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, r)
+	cfg.Transport = nil
+	r = mustOpen(t, cfg) // a second term, and a second snapshot
+	mustPropose(t, r, string(batchOf(99, 1).Records), 1)
+	mustClose(t, r)
+	stable, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	var snaps, segments []string
+	for _, name := range fs.Names() {
+		switch {
+		case strings.HasSuffix(name, ".snap"):
+			snaps = append(snaps, name)
+		case strings.HasSuffix(name, ".log"):
+			segments = append(segments, name)
+		}
+	}
+	if len(snaps) != 2 || len(segments) < 3 {
+		t.Fatalf("snapshots %v, segments %v", snaps, segments)
+	}
+	newest, err := fs.ReadFile(snaps[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := parseSnapshot(snaps[1], newest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// state gives the newest snapshot another state.
+	state := func(change func(f *snapshotFile)) func(*vfstest.Mem) error {
+		return func(fs *vfstest.Mem) error {
+			changed := *f
+			change(&changed)
+			b, err := encodeSnapshot(&changed)
+			return errors.Join(err, fs.Mutate(snaps[1], func([]byte) []byte { return b }))
+		}
+	}
+	damage := func(name, text string) func(*vfstest.Mem) error {
+		return func(fs *vfstest.Mem) error {
+			return fs.Mutate(name, func(b []byte) []byte {
+				at := len(b) / 2
+				if text != "" {
+					at = bytes.LastIndex(b, []byte(text))
+				}
+				b[at] ^= 1
+				return b
+			})
+		}
+	}
+	remove := func(names ...string) func(*vfstest.Mem) error {
+		return func(fs *vfstest.Mem) error {
+			var err error
+			for _, name := range names {
+				err = errors.Join(err, fs.Remove(name))
+			}
+			return err
+		}
+	}
+	var logFiles []string
+	for _, name := range fs.Names() {
+		if strings.Contains(name, "/log/") {
+			logFiles = append(logFiles, name)
+		}
+	}
+	both := func(a, b func(*vfstest.Mem) error) func(*vfstest.Mem) error {
+		return func(fs *vfstest.Mem) error { return errors.Join(a(fs), b(fs)) }
+	}
+	inLog, inReplica := new(*logstore.CorruptError), new(*CorruptError)
+	for name, tc := range map[string]struct {
+		change func(*vfstest.Mem) error
+		stable []byte // of raft.db; nil: removed
+		want   any    // nil: it opens
+	}{
+		"as it was":                {func(*vfstest.Mem) error { return nil }, stable, nil},
+		"newest snapshot damaged":  {damage(snaps[1], ""), stable, nil},
+		"no snapshots":             {remove(snaps...), stable, nil}, // all is applied again
+		"both snapshots damaged":   {both(damage(snaps[0], ""), damage(snaps[1], "")), stable, inReplica},
+		"unknown state":            {state(func(f *snapshotFile) { f.State = []byte(`{"next_offset":601,"cursors":{}}`) }), stable, inReplica},
+		"watermark too high":       {state(func(f *snapshotFile) { f.State = []byte(`{"next_offset":900}`) }), stable, inReplica},
+		"watermark too low":        {state(func(f *snapshotFile) { f.State = []byte(`{"next_offset":600}`) }), stable, inReplica},
+		"watermark missing":        {state(func(f *snapshotFile) { f.State = []byte(`{}`) }), stable, inReplica},
+		"log is gone":              {remove(logFiles...), stable, inReplica},
+		"everything else is gone":  {both(remove(logFiles...), remove(snaps...)), stable, inReplica},
+		"segment missing":          {remove(segments[1]), stable, inLog},
+		"last entry damaged":       {damage(segments[len(segments)-1], "\x63\x00\x00\x00"), stable, inLog},
+		"entry damaged, to replay": {both(remove(snaps...), damage(segments[0], "\x02\x00\x00\x00")), stable, inLog},
+		"raft.db missing":          {func(*vfstest.Mem) error { return nil }, nil, inReplica},
+		"raft.db empty":            {func(*vfstest.Mem) error { return nil }, []byte{}, inReplica},
+		"raft.db older":            {func(*vfstest.Mem) error { return nil }, older, inReplica},
+		"raft.db damaged":          {func(*vfstest.Mem) error { return nil }, append(make([]byte, 8192), stable[8192:]...), inReplica},
+	} {
+		t.Run(name, func(t *testing.T) {
+			clone := fs.CrashClone(nil, vfstest.All)
+			if err := tc.change(clone); err != nil {
+				t.Fatal(err)
+			}
+			_ = os.Remove(file)
+			if tc.stable != nil {
+				if err := os.WriteFile(file, tc.stable, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			cfg := cfg
+			cfg.FS, cfg.Transport = clone, nil
+			cfg.OnFatal = func(err error) { t.Errorf("fatal: %v", err) }
+			before := clone.Snapshot()
+			r, err := Open(cfg)
+			if tc.want == nil {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := r.WaitReady(t.Context()); err != nil {
+					t.Error(err)
+				}
+				if _, watermark, _ := r.Bounds(); watermark != 601 {
+					t.Errorf("watermark %d", watermark)
+				}
+				mustClose(t, r)
+				return
+			}
+			if err == nil {
+				mustClose(t, r)
+				t.Fatal("it opens")
+			}
+			if !errors.As(err, tc.want) {
+				t.Errorf("%T: %v", err, err)
+			}
+			for name, b := range before {
+				if after, err := clone.ReadFile(name); !strings.Contains(name, "/log/") && (err != nil || !slices.Equal(b, after)) {
+					t.Errorf("%s was changed (%v)", name, err)
+				}
+			}
+			if after, err := os.ReadFile(file); tc.stable != nil && (err != nil || !bytes.Equal(after, tc.stable)) {
+				t.Errorf("raft.db was changed (%v)", err)
+			}
+		})
+	}
+}
+
+// TestPrefixNeedsSnapshot: what was deleted cannot be applied again.
+func TestPrefixNeedsSnapshot(t *testing.T) {
+	dir := t.TempDir()
+	fs := vfstest.New()
+	cfg := memConfig(dir, fs)
+	r := mustOpen(t, cfg)
+	var all []acked
+	for i := range uint64(60) {
+		p := batchOf(i, 20)
+		all = append(all, acked{i, 20, mustPropose(t, r, string(p.Records), p.Count)})
+	}
+	if err := r.raft.Snapshot().Error(); err != nil {
+		t.Fatal(err)
+	}
+	early := fs.CrashClone(nil, vfstest.All).Snapshot()
+	for i := range uint64(60) {
+		p := batchOf(100+i, 20)
+		all = append(all, acked{100 + i, 20, mustPropose(t, r, string(p.Records), p.Count)})
+	}
+	if err := r.raft.Snapshot().Error(); err != nil {
+		t.Fatal(err)
+	}
+	first, err := r.log.DeletePrefix(r.log.LastIndex())
+	if err != nil || first < 80 {
+		t.Fatal(first, err)
+	}
+	mustClose(t, r)
+
+	reopen := func(change func(name string) bool) error {
+		clone := fs.CrashClone(nil, vfstest.All)
+		for _, name := range clone.Names() {
+			if strings.HasSuffix(name, ".snap") && change(name) {
+				if err := clone.Remove(name); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		cfg := cfg
+		cfg.FS, cfg.Transport = clone, nil
+		r, err := Open(cfg)
+		if err != nil {
+			return err
+		}
+		defer mustClose(t, r)
+		if err := r.WaitReady(t.Context()); err != nil {
+			return err
+		}
+		kept := slices.DeleteFunc(slices.Clone(all), func(a acked) bool { return a.ack.BaseOffset < r.log.FirstOffset() })
+		if len(kept) == 0 || len(kept) == len(all) {
+			return fmt.Errorf("%d of %d batches are kept", len(kept), len(all))
+		}
+		return checkAcked(r, kept)
+	}
+	if err := reopen(func(string) bool { return false }); err != nil {
+		t.Error(err)
+	}
+	var corrupt *CorruptError
+	if err := reopen(func(string) bool { return true }); !errors.As(err, &corrupt) {
+		t.Errorf("without snapshots: %v", err)
+	}
+	// Only a snapshot from before what is kept; it is there to fall back to.
+	if err := reopen(func(name string) bool { return early[name] == nil }); !errors.As(err, &corrupt) {
+		t.Errorf("with an old snapshot: %v", err)
+	}
+}
