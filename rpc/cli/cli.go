@@ -172,6 +172,12 @@ func (m *Meta) notef(format string, args ...any) {
 
 func (m *Meta) stderrIsTerminal() bool { return m.IsTerminal != nil && m.IsTerminal(m.Stderr) }
 
+// stdinIsTerminal tells whether records are typed.
+func (m *Meta) stdinIsTerminal() bool {
+	f, ok := m.Stdin.(*os.File)
+	return ok && m.IsTerminal != nil && m.IsTerminal(f)
+}
+
 func (m *Meta) interrupts() (<-chan os.Signal, func()) {
 	if m.Interrupts == nil {
 		return nil, func() {}

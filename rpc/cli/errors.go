@@ -36,7 +36,7 @@ func explain(err error) string {
 	if !errors.As(err, &e) {
 		return err.Error()
 	}
-	advice := e.Advice
+	text, advice := e.Message, e.Advice
 	switch e.Reason {
 	case client.ReasonUnreachable:
 		advice = "Is one running? Start one with `diurna agent -dev`, or name another with -addr or DIURNA_ADDR."
@@ -46,12 +46,15 @@ func explain(err error) string {
 		first, ok1 := e.Uint("first")
 		next, ok2 := e.Uint("next")
 		if ok1 && ok2 {
+			// The server's own words have the range in them, too.
+			if offset, ok := e.Uint("offset"); ok {
+				text = fmt.Sprintf("offset %d is out of range", offset)
+			}
 			advice = fmt.Sprintf("The log holds offsets %d up to, not including, %d: try -from %d, -from earliest or -from latest.", first, next, first)
 		}
 	case client.ReasonTimeout:
 		advice = fmt.Sprintf("`diurna status -addr %s` tells whether the cluster has a leader.", e.Addr)
 	}
-	text := e.Message
 	if e.Reason != "" && e.Reason != client.ReasonUnreachable && e.Reason != client.ReasonConnectionLost {
 		text += " (" + e.Reason + ")"
 	}

@@ -108,6 +108,6 @@ func TestProcessSignals(t *testing.T) {
 				t.Errorf("%v after %v: exit %d: %s", p.Args[1:], signal, code, p.stderr.String())
 			}
 		}
-		contains(t, "stderr", produce.stderr.String(), "1 record (1 B) acknowledged, offsets 0, in ", "; interrupted")
+		contains(t, "stderr", produce.stderr.String(), "1 record (1 B) acknowledged, offset 0, in ", "; interrupted")
 	}
 }

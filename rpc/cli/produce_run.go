@@ -193,7 +193,7 @@ func (c *produceCommand) report(r *produceRun, outputErr error, interrupted bool
 	}
 	text := fmt.Sprintf("%s%s acknowledged", records(o.Acknowledged), size)
 	if o.Acknowledged > 0 {
-		text += ", offsets " + span(o)
+		text += ", " + span(o)
 	}
 	if o.AppendedAfter > 0 {
 		text += fmt.Sprintf(", %d appended after a failed batch", o.AppendedAfter)
@@ -202,8 +202,9 @@ func (c *produceCommand) report(r *produceRun, outputErr error, interrupted bool
 		text += fmt.Sprintf(", %d not appended, %d unknown", notAppended, o.Unknown)
 	}
 	text += fmt.Sprintf(", in %s", seconds(took))
-	if o.Acknowledged > 0 && took > 0 {
-		text += fmt.Sprintf(" (%s/s)", humanize.Comma(int64(float64(o.Acknowledged)/took.Seconds())))
+	// Of one record, or of what somebody types, it would say nothing.
+	if rate := float64(o.Acknowledged) / took.Seconds(); took > 0 && o.Acknowledged > 1 && rate >= 1 && !c.stdinIsTerminal() {
+		text += fmt.Sprintf(" (%s/s)", humanize.Comma(int64(rate)))
 	}
 	if interrupted {
 		text += "; interrupted"
@@ -223,13 +224,13 @@ func records(n uint64) string {
 	if n == 1 {
 		return "1 record"
 	}
-	return fmt.Sprintf("%d records", n)
+	return humanize.Comma(int64(n)) + " records"
 }
 
 func span(o client.Outcome) string {
-	s := fmt.Sprintf("%d–%d", o.First, o.Last)
+	s := fmt.Sprintf("offsets %d–%d", o.First, o.Last)
 	if o.First == o.Last {
-		s = strconv.FormatUint(o.First, 10)
+		s = fmt.Sprintf("offset %d", o.First)
 	}
 	if o.Last-o.First+1 != o.Acknowledged {
 		s += " with others in between"
@@ -251,7 +252,8 @@ type progress struct {
 
 func (c *produceCommand) startProgress(p *client.Producer) *progress {
 	g := &progress{quit: make(chan struct{}), done: make(chan struct{})}
-	if c.quiet || !c.stderrIsTerminal() {
+	// Nor between the lines that somebody types.
+	if c.quiet || !c.stderrIsTerminal() || c.stdinIsTerminal() {
 		close(g.done)
 		return g
 	}
@@ -270,11 +272,11 @@ func (c *produceCommand) startProgress(p *client.Producer) *progress {
 			case <-ticker.C:
 				n := p.Outcome().Acknowledged
 				if n == 0 && !drawn {
-					continue // do not write between the lines somebody types
+					continue // there may never be anything to tell
 				}
 				drawn = true
 				rate := float64(n) / time.Since(start).Seconds()
-				_, _ = fmt.Fprintf(c.Stderr, "\r\x1b[K%s records acknowledged, %s/s", humanize.Comma(int64(n)), humanize.Comma(int64(rate)))
+				_, _ = fmt.Fprintf(c.Stderr, "\r\x1b[K%s acknowledged, %s/s", records(n), humanize.Comma(int64(rate)))
 			}
 		}
 	}()

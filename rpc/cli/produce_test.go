@@ -38,7 +38,7 @@ func TestProduceInput(t *testing.T) {
 		{"empty", nil, "", nil, 0, "0 records (0 B) acknowledged, in "},
 		{"lines", nil, "a\n\nb\r\n", []*v1.Record{{Value: []byte("a")}, {}, {Value: []byte("b\r")}}, 0, "3 records (3 B) acknowledged, offsets 0–2, in "},
 		{"last line without newline", nil, "a\nb", []*v1.Record{{Value: []byte("a")}, {Value: []byte("b")}}, 0, ""},
-		{"one", nil, "a\n", []*v1.Record{{Value: []byte("a")}}, 0, "1 record (1 B) acknowledged, offsets 0, in "},
+		{"one", nil, "a\n", []*v1.Record{{Value: []byte("a")}}, 0, "1 record (1 B) acknowledged, offset 0, in "},
 		{"long line", nil, long + "\nb\n", []*v1.Record{{Value: []byte(long)}, {Value: []byte("b")}}, 0, ""},
 		{"too long", []string{"-max-record-bytes", "10B"}, "short\n0123456789ab\nnot sent\n", []*v1.Record{{Value: []byte("short")}}, 1, "line 2 is longer than the record limit of 10 B"},
 		{"too long with its frame", []string{"-max-record-bytes", "10B"}, "short\n012345678\n", []*v1.Record{{Value: []byte("short")}}, 1, "line 2 is longer"},
@@ -218,7 +218,7 @@ func TestProduceRefused(t *testing.T) {
 	if code := sh.run("produce", "-batch-records", "1"); code != ExitServer {
 		t.Errorf("exit %d", code)
 	}
-	contains(t, "stderr", sh.err.String(), "Error: no leader (NO_LEADER). Try again.", "1 record acknowledged, offsets 0,", "0 unknown")
+	contains(t, "stderr", sh.err.String(), "Error: no leader (NO_LEADER). Try again.", "1 record acknowledged, offset 0,", "0 unknown")
 	if strings.Contains(sh.err.String(), " 0 not appended") {
 		t.Errorf("stderr: %s", sh.err.String())
 	}
@@ -267,7 +267,7 @@ func TestProduceInterrupt(t *testing.T) {
 		if c := await(t, code); c != ExitServer {
 			t.Errorf("exit %d", c)
 		}
-		contains(t, "stderr", sh.err.String(), "1 record acknowledged, offsets 0, 0 not appended, 1 unknown", "; interrupted", "consume -from 1`")
+		contains(t, "stderr", sh.err.String(), "1 record acknowledged, offset 0, 0 not appended, 1 unknown", "; interrupted", "consume -from 1`")
 	})
 
 	t.Run("once, with a server that hangs", func(t *testing.T) {
@@ -381,6 +381,36 @@ func TestProduceProgressOnlyOnTerminal(t *testing.T) {
 		}
 		contains(t, "stderr", sh.err.String(), "1 record (1 B) acknowledged")
 	}
+}
+
+// TestProduceTyped: between the lines that somebody types, nothing is drawn,
+// and how fast they are is no news to them.
+func TestProduceTyped(t *testing.T) {
+	in, typist, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	sh := newShell(clienttest.New().Start(t), in)
+	sh.IsTerminal = func(io.Writer) bool { return true }
+	g := (&produceCommand{Meta: sh.Meta}).startProgress(nil)
+	select {
+	case <-g.done:
+	default:
+		t.Error("it draws")
+	}
+	g.stop()
+	code := sh.start("produce")
+	if _, err := io.WriteString(typist, "a\nb\n"); err != nil {
+		t.Fatal(err)
+	}
+	if err := typist.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if c := await(t, code); c != 0 || strings.Contains(sh.err.String(), "/s)") {
+		t.Errorf("exit %d: %s", c, sh.err.String())
+	}
+	contains(t, "stderr", sh.err.String(), "2 records (2 B) acknowledged, offsets 0–1, in ")
 }
 
 type writerFunc func([]byte) (int, error)
