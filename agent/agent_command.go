@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 
 	"github.com/hashicorp/go-hclog"
@@ -173,13 +174,12 @@ func (c *agentCommand) fail(cfg *config.Config, logger hclog.Logger, what string
 func (c *agentCommand) supervise(a *Agent, cfg *config.Config, src config.Sources, logger hclog.Logger, signals <-chan os.Signal) int {
 	ctx, cancel := context.WithCancel(context.Background())
 	ready := make(chan error, 1)
-	go func() { ready <- a.WaitReady(ctx) }()
-	waiting := true
+	var waiting sync.WaitGroup
+	waiting.Go(func() { ready <- a.WaitReady(ctx) })
 	code := exitOK
 	for running := true; running; {
 		select {
 		case err := <-ready:
-			waiting = false
 			ready = nil
 			if err != nil {
 				logger.Error("not ready", "error", err)
@@ -199,9 +199,7 @@ func (c *agentCommand) supervise(a *Agent, cfg *config.Config, src config.Source
 		}
 	}
 	cancel()
-	if waiting {
-		<-ready // cancel has ended it
-	}
+	waiting.Wait()
 	return max(code, c.stop(a, cfg, logger, signals))
 }
 

