@@ -23,7 +23,8 @@ log_level = "info"
 # One JSON object per line, for machines to collect.
 log_json = false
 
-# How long a clean stop waits for calls under way before it cuts them off.
+# How long a clean stop may take. Calls that are still under way shortly before
+# that are cut off, so that the log can be closed in time.
 shutdown_timeout = "10s"
 
 node {

@@ -23,8 +23,8 @@ type Config struct {
 	Log      Log
 	Raft     Raft
 
-	// ShutdownTimeout is how long a clean stop may take before calls that are
-	// still under way are cut off.
+	// ShutdownTimeout is how long a clean stop may take. Calls that are still
+	// under way shortly before that are cut off.
 	ShutdownTimeout time.Duration
 }
 
