@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -47,7 +49,8 @@ func writeFiles(t testing.TB, dir string, files map[string]string) {
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		t.Fatal(err)
 	}
-	for name, content := range files {
+	for _, name := range slices.Sorted(maps.Keys(files)) { // folders before what is in them
+		content := files[name]
 		name = filepath.Join(dir, name)
 		var err error
 		if strings.HasSuffix(content, "/") {
