@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 
@@ -29,6 +30,24 @@ type agentCommand struct {
 	signals func() (<-chan os.Signal, func())
 	// exit ends the process at once.
 	exit func(code int)
+	now  func() time.Time
+
+	asked time.Time // when the first request to stop came
+}
+
+// echo is how soon after a signal the same one is taken for an echo of it, and
+// not for impatience: timeout(1), and others who signal a process and then its
+// group, send every signal twice.
+const echo = 200 * time.Millisecond
+
+// impatient notes a request to stop, and tells whether it is not the first.
+func (c *agentCommand) impatient() bool {
+	now := c.now()
+	if c.asked.IsZero() {
+		c.asked = now
+		return false
+	}
+	return now.Sub(c.asked) >= echo
 }
 
 func osSignals() (<-chan os.Signal, func()) {
@@ -112,7 +131,7 @@ func (c *agentCommand) start(cfg *config.Config, src config.Sources, logger hclo
 		}})
 		started <- result{a, err}
 	}()
-	stop, reload := false, false
+	reload := false
 	for {
 		select {
 		case r := <-started:
@@ -124,7 +143,7 @@ func (c *agentCommand) start(cfg *config.Config, src config.Sources, logger hclo
 				}
 				c.fail(cfg, logger, "cannot start", err)
 				return nil, exitUsage
-			case stop:
+			case !c.asked.IsZero():
 				return nil, c.stop(r.agent, cfg, logger, signals)
 			case reload:
 				c.reload(r.agent, src, logger)
@@ -134,11 +153,10 @@ func (c *agentCommand) start(cfg *config.Config, src config.Sources, logger hclo
 			switch {
 			case s == syscall.SIGHUP:
 				reload = true
-			case stop:
+			case c.impatient():
 				return nil, c.stopAtOnce(logger, s)
 			default:
 				logger.Info("stopping once it has started", "signal", s.String())
-				stop = true
 			}
 		}
 	}
@@ -194,6 +212,7 @@ func (c *agentCommand) supervise(a *Agent, cfg *config.Config, src config.Source
 				c.reload(a, src, logger)
 				continue
 			}
+			c.impatient()
 			logger.Info("stopping", "signal", s.String())
 			running = false
 		}
@@ -218,7 +237,7 @@ func (c *agentCommand) stop(a *Agent, cfg *config.Config, logger hclog.Logger, s
 			}
 			return exitOK
 		case s := <-signals:
-			if s == syscall.SIGHUP {
+			if s == syscall.SIGHUP || !c.impatient() {
 				continue
 			}
 			return c.stopAtOnce(logger, s)

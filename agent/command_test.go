@@ -2,17 +2,21 @@ package agent
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/diurnalog/diurna/agent/config"
 	"github.com/diurnalog/diurna/logstore"
@@ -25,6 +29,7 @@ type command struct {
 	*agentCommand
 	stdout, stderr *output
 	signals        chan os.Signal
+	clock          atomic.Int64
 	exits          chan int // what would have ended the process
 	code           chan int
 }
@@ -35,7 +40,9 @@ func newCommand() *command {
 		stdout: c.stdout, stderr: c.stderr, program: "diurna", version: "1.2.3",
 		signals: func() (<-chan os.Signal, func()) { return c.signals, func() {} },
 		exit:    func(code int) { c.exits <- code },
+		now:     func() time.Time { return time.Unix(0, c.clock.Load()) },
 	}
+	c.clock.Store(1)
 	return c
 }
 
@@ -176,6 +183,19 @@ func TestSecondSignal(t *testing.T) {
 	c.signals <- os.Interrupt
 	c.stderr.mustAwait(t, `"@message":"stopping"`)
 	c.signals <- syscall.SIGHUP // is not a second one
+	c.signals <- os.Interrupt   // nor is an echo
+	c.signals <- syscall.SIGHUP
+	for len(c.signals) > 0 {
+		select {
+		case code := <-c.exits:
+			t.Errorf("an echo ends it, with %d", code)
+			c.exits <- code
+			<-c.signals
+		default:
+			runtime.Gosched()
+		}
+	}
+	c.clock.Add(int64(echo))
 	c.signals <- os.Interrupt
 	if code := await(t, c.exits); code != exitUsage {
 		t.Errorf("exit %d", code)
@@ -186,6 +206,20 @@ func TestSecondSignal(t *testing.T) {
 	close(release)
 	await(t, fsys.unlocked)
 	_ = await(t, produced) // cut off
+}
+
+// TestEcho: a signal that comes twice at once, as timeout(1) sends it, is one.
+func TestEcho(t *testing.T) {
+	for range 10 {
+		n := startNode(t, t.TempDir())
+		n.signal(t, syscall.SIGTERM)
+		if err := n.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			t.Fatal(err)
+		}
+		if code := n.wait(t); code != exitOK {
+			t.Fatalf("exit %d:\n%s", code, n.stderr.text())
+		}
+	}
 }
 
 // TestSignalsWhileStarting: a start that takes long can be ended.
@@ -220,6 +254,8 @@ func TestSignalsWhileStarting(t *testing.T) {
 	t.Run("second", func(t *testing.T) {
 		c, fsys, release := begin(t, t.TempDir())
 		c.signals <- os.Interrupt
+		c.stderr.mustAwait(t, "stopping once it has started")
+		c.clock.Add(int64(echo))
 		c.signals <- os.Interrupt
 		if code := await(t, c.exits); code != exitUsage {
 			t.Errorf("exit %d", code)

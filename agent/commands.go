@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"github.com/hashicorp/cli"
 	"github.com/hashicorp/go-hclog"
@@ -29,7 +30,7 @@ func Commands(version string) map[string]cli.CommandFactory {
 		return func() (cli.Command, error) { return c, nil }
 	}
 	return map[string]cli.CommandFactory{
-		"agent":         verb(&agentCommand{stdout: os.Stdout, stderr: os.Stderr, version: version, program: os.Args[0], signals: osSignals, exit: os.Exit}),
+		"agent":         verb(&agentCommand{stdout: os.Stdout, stderr: os.Stderr, version: version, program: os.Args[0], signals: osSignals, exit: os.Exit, now: time.Now}),
 		"debug segment": verb(newSegmentCommand(os.Stdout, os.Stderr)),
 		"validate":      verb(&validateCommand{stdout: os.Stdout, stderr: os.Stderr}),
 	}

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -34,6 +35,7 @@ func runAgent(t testing.TB, fsys vfs.FS, args ...string) (code int, stderr strin
 			return out.Write(p)
 		}),
 		signals: func() (<-chan os.Signal, func()) { return signals, func() {} },
+		now:     time.Now,
 		exit:    func(code int) { t.Errorf("ended at once, with %d", code) },
 	}
 	code = c.Run(append([]string{"-dev", "-rpc-addr", "127.0.0.1:0"}, args...))
