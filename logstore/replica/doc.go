@@ -28,7 +28,7 @@
 //
 //	log/        the segment log, see package logstore
 //	snapshots/  the state machine's numbers, the two newest
-//	raft.db     term and vote, each with a checksum
+//	raft.db     term and vote, one record with a checksum
 //
 // # What it stands on
 //
