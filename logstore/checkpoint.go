@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"path/filepath"
 
@@ -47,10 +46,7 @@ type checkpoint struct {
 func (c *checkpoint) encode() []byte {
 	b := make([]byte, checkpointSize)
 	le := binary.LittleEndian
-	copy(b, checkpointMagic)
-	// b[8:12] is the checksum of the bytes behind it.
-	le.PutUint32(b[12:], formatVersion)
-	copy(b[16:], c.id[:])
+	copy(b[preambleSize:], c.id[:])
 	le.PutUint64(b[32:], c.seq)
 	if c.clean {
 		b[40] = 1
@@ -67,22 +63,15 @@ func (c *checkpoint) encode() []byte {
 	le.PutUint32(b[96:], c.tail.crc)
 	le.PutUint64(b[104:], c.first)
 	// The rest is reserved and zero.
-	le.PutUint32(b[8:], crc32.Checksum(b[12:], castagnoli))
-	return b
+	return sealPreamble(b, checkpointMagic)
 }
 
 func parseCheckpoint(file string, b []byte) (c checkpoint, err error) {
-	if len(b) < checkpointSize || string(b[:8]) != checkpointMagic {
-		return c, &CorruptError{file, 0, "this is not a checkpoint"}
+	if err := checkPreamble(file, b[:min(checkpointSize, len(b))], checkpointMagic, "a checkpoint"); err != nil {
+		return c, err
 	}
 	le := binary.LittleEndian
-	if sum, got := le.Uint32(b[8:]), crc32.Checksum(b[12:checkpointSize], castagnoli); sum != got {
-		return c, &CorruptError{file, 8, fmt.Sprintf("the checksum is %08x, the bytes give %08x", sum, got)}
-	}
-	if v := le.Uint32(b[12:]); v != formatVersion {
-		return c, &VersionError{file, v, formatVersion}
-	}
-	copy(c.id[:], b[16:])
+	copy(c.id[:], b[preambleSize:])
 	c.seq = le.Uint64(b[32:])
 	c.clean = b[40] == 1
 	c.cut = b[41] == 1

@@ -3,7 +3,6 @@ package logstore
 import (
 	"encoding/binary"
 	"fmt"
-	"hash/crc32"
 	"sort"
 )
 
@@ -79,10 +78,7 @@ func parseIndexEntry(b []byte) indexEntry {
 func encodeIndex(s *segmentHeader, lastCRC uint32, x *frameIndex) []byte {
 	b := make([]byte, indexHeaderSize, indexHeaderSize+x.len()*indexEntrySize)
 	le := binary.LittleEndian
-	copy(b, indexMagic)
-	// b[8:12] is the checksum of the bytes behind it.
-	le.PutUint32(b[12:], formatVersion)
-	copy(b[16:], s.id[:])
+	copy(b[preambleSize:], s.id[:])
 	le.PutUint64(b[32:], s.firstIndex)
 	le.PutUint64(b[40:], uint64(x.len()))
 	le.PutUint64(b[48:], uint64(x.end))
@@ -94,24 +90,20 @@ func encodeIndex(s *segmentHeader, lastCRC uint32, x *frameIndex) []byte {
 		b = le.AppendUint32(b, e.offset)
 		b = le.AppendUint64(b, e.time)
 	}
-	le.PutUint32(b[8:], crc32.Checksum(b[12:], castagnoli))
-	return b
+	return sealPreamble(b, indexMagic)
 }
 
 // parseIndex checks an .idx file's content against the segment it must
 // describe and returns an index over b, which it keeps. Any error means that
 // the index has to be rebuilt from the segment.
 func parseIndex(b []byte, s *segmentHeader, count int, lastCRC uint32) (*frameIndex, error) {
-	if len(b) < indexHeaderSize || string(b[:8]) != indexMagic {
-		return nil, fmt.Errorf("not an index file")
+	if len(b) < indexHeaderSize {
+		return nil, fmt.Errorf("%d bytes are too few for an index", len(b))
+	}
+	if err := checkPreamble("the index", b, indexMagic, "an index"); err != nil {
+		return nil, err
 	}
 	le := binary.LittleEndian
-	if sum, got := le.Uint32(b[8:]), crc32.Checksum(b[12:], castagnoli); sum != got {
-		return nil, fmt.Errorf("checksum is %08x, the bytes give %08x", sum, got)
-	}
-	if v := le.Uint32(b[12:]); v != formatVersion {
-		return nil, fmt.Errorf("format version is %d", v)
-	}
 	entries := b[indexHeaderSize:]
 	switch {
 	case logID(b[16:32]) != s.id:

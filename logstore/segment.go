@@ -43,39 +43,27 @@ type segmentHeader struct {
 func (h *segmentHeader) encode() []byte {
 	b := make([]byte, segmentHeaderSize)
 	le := binary.LittleEndian
-	copy(b, segmentMagic)
-	// b[8:12] is the checksum of the bytes behind it.
-	le.PutUint32(b[12:], formatVersion)
-	copy(b[16:], h.id[:])
+	copy(b[preambleSize:], h.id[:])
 	le.PutUint64(b[32:], h.firstIndex)
 	le.PutUint64(b[40:], h.firstOffset)
 	le.PutUint64(b[48:], h.prevTerm)
 	le.PutUint64(b[56:], uint64(h.prevTime))
 	le.PutUint32(b[64:], h.prevCRC)
 	// The rest is reserved and zero.
-	le.PutUint32(b[8:], crc32.Checksum(b[12:], castagnoli))
-	return b
+	return sealPreamble(b, segmentMagic)
 }
 
 // parseSegmentHeader checks everything but that the header belongs to the file
 // it stands in.
 func parseSegmentHeader(file string, b []byte) (h segmentHeader, err error) {
-	le := binary.LittleEndian
-	switch {
-	case len(b) < segmentHeaderSize:
+	if len(b) < segmentHeaderSize {
 		return h, &CorruptError{file, 0, fmt.Sprintf("the segment header has %d bytes, not %d", len(b), segmentHeaderSize)}
-	case string(b[:8]) != segmentMagic:
-		return h, &CorruptError{file, 0, "this is not the start of a segment"}
 	}
-	// The checksum first: a flipped bit must not send an operator looking for a
-	// newer program. A newer format keeps the header's size and checksum.
-	if sum, got := le.Uint32(b[8:]), crc32.Checksum(b[12:segmentHeaderSize], castagnoli); sum != got {
-		return h, &CorruptError{file, 8, fmt.Sprintf("the segment header's checksum is %08x, its bytes give %08x", sum, got)}
+	if err := checkPreamble(file, b[:segmentHeaderSize], segmentMagic, "a segment header"); err != nil {
+		return h, err
 	}
-	if v := le.Uint32(b[12:]); v != formatVersion {
-		return h, &VersionError{file, v, formatVersion}
-	}
-	copy(h.id[:], b[16:])
+	le := binary.LittleEndian
+	copy(h.id[:], b[preambleSize:])
 	h.firstIndex = le.Uint64(b[32:])
 	h.firstOffset = le.Uint64(b[40:])
 	h.prevTerm = le.Uint64(b[48:])
