@@ -20,6 +20,7 @@ import (
 
 	"github.com/diurnalog/diurna/agent/config"
 	"github.com/diurnalog/diurna/logstore/vfs"
+	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
 	"github.com/diurnalog/diurna/rpc/client"
 )
 
@@ -532,7 +533,7 @@ func TestReload(t *testing.T) {
 
 // TestGarbage: whatever is sent to the port, it is one connection's problem.
 func TestGarbage(t *testing.T) {
-	rng := seeded(t)
+	rng := vfstest.Rand(t)
 	a := startReady(t, testConfig(t, t.TempDir()), Options{})
 	c := dial(t, a.Address())
 	next := uint64(0)

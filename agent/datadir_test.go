@@ -19,6 +19,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/diurnalog/diurna/logstore/vfs"
+	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
 )
 
 // runAgent runs the command in this process. It is told to stop once it has
@@ -331,7 +332,7 @@ func remountReadOnly(t testing.TB, dir string) {
 // TestLogDamaged: bytes that were acknowledged are not what they were, and the
 // node does not start over that.
 func TestLogDamaged(t *testing.T) {
-	rng := seeded(t)
+	rng := vfstest.Rand(t)
 	root := t.TempDir()
 	dir := filepath.Join(root, "data")
 	n := startNode(t, dir)

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
 	"github.com/diurnalog/diurna/rpc/client"
 )
 
@@ -29,8 +30,8 @@ func TestKill(t *testing.T) {
 		unary int // producers of single batches beside the stream
 
 	}{
-		{name: "stream", kills: killCount(t)},
-		{name: "stream and 8 unary", kills: max(killCount(t)/4, 3), unary: 8},
+		{name: "stream", kills: vfstest.Env(t, "DIURNA_KILLS", 50)},
+		{name: "stream and 8 unary", kills: max(vfstest.Env(t, "DIURNA_KILLS", 50)/4, 3), unary: 8},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			k := newKiller(t)
@@ -46,30 +47,6 @@ func TestKill(t *testing.T) {
 				k.kills, k.startKills, k.sent(), len(k.acked), k.next, k.torn, k.slowest.Round(time.Millisecond))
 		})
 	}
-}
-
-func killCount(t testing.TB) int {
-	s := os.Getenv("DIURNA_KILLS")
-	if s == "" {
-		return 50
-	}
-	n, err := strconv.Atoi(s)
-	if err != nil || n < 1 {
-		t.Fatalf("DIURNA_KILLS=%s is not a number from 1", s)
-	}
-	return n
-}
-
-func seeded(t testing.TB) *rand.Rand {
-	seed := rand.Uint64()
-	if s := os.Getenv("DIURNA_SEED"); s != "" {
-		var err error
-		if seed, err = strconv.ParseUint(s, 10, 64); err != nil {
-			t.Fatalf("DIURNA_SEED: %v", err)
-		}
-	}
-	t.Logf("DIURNA_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
 }
 
 // killer is a node that is killed, and all that is known of its log.
@@ -97,7 +74,7 @@ type sender struct {
 
 func newKiller(t *testing.T) *killer {
 	diurna(t) // not part of the slowest start
-	k := &killer{rng: seeded(t), dir: filepath.Join(t.TempDir(), "data"), producers: map[string]*sender{}, acked: map[string]uint64{}}
+	k := &killer{rng: vfstest.Rand(t), dir: filepath.Join(t.TempDir(), "data"), producers: map[string]*sender{}, acked: map[string]uint64{}}
 	// The smallest segments and frequent snapshots, for as many of the moments
 	// between files as can be.
 	k.conf = filepath.Join(t.TempDir(), "node.hcl")

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/diurnalog/diurna/logstore/vfs"
+	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
 )
 
 // Payloads of this test name the entry they belong to: index, term, then a
@@ -46,7 +47,7 @@ func checkNamed(b []byte, index uint64) error {
 // fails otherwise and never sees half a change. Below what is not touched by
 // truncation, nothing is ever missing.
 func TestReadersSurvive(t *testing.T) {
-	rng := newRand(t)
+	rng := vfstest.Rand(t)
 	l, err := Open(t.TempDir(), Options{FS: vfs.OS, SegmentSize: 16 << 10, MaxOpenSegments: 3, CheckpointInterval: 1e6})
 	must(t, err)
 	ctx, stop := context.WithCancel(t.Context())
@@ -110,7 +111,7 @@ func TestReadersSurvive(t *testing.T) {
 	}
 
 	term := uint64(1)
-	for range envInt(t, "DIURNA_ROUNDS", 400) {
+	for range vfstest.Env(t, "DIURNA_ROUNDS", 400) {
 		last, offset := l.LastIndex(), l.NextOffset()
 		entries := make([]Entry, 1+rng.IntN(8))
 		for i := range entries {

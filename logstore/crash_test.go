@@ -139,7 +139,7 @@ var errCrashed = errors.New("crashed")
 // each of its writes, syncs and other changes in turn, and the recovery from
 // that crash at each of its own.
 func TestCrashAtEveryOperation(t *testing.T) {
-	rng := newRand(t)
+	rng := vfstest.Rand(t)
 	seed := rng.Uint64()
 	points := 0
 	for k := 1; ; k++ {
@@ -276,8 +276,8 @@ func useAgain(l *Log, m *model, fsys *vfstest.Mem, rng *rand.Rand) error {
 // TestCrashAnywhere crashes a long random workload at random moments: before
 // any operation, with a random part of what was not synced surviving.
 func TestCrashAnywhere(t *testing.T) {
-	rng := newRand(t)
-	want := envInt(t, "DIURNA_CRASH_POINTS", 10000)
+	rng := vfstest.Rand(t)
+	want := vfstest.Env(t, "DIURNA_CRASH_POINTS", 10000)
 	for points := 0; points < want; {
 		w := newWorkload(rand.New(rand.NewPCG(rng.Uint64(), 2)))
 		crash := rand.New(rand.NewPCG(rng.Uint64(), 3))
@@ -319,7 +319,7 @@ func TestFailedSyncIsNotForgotten(t *testing.T) {
 	fsys := vfstest.New()
 	l := mustOpen(t, smallOptions(fsys))
 	m := model{first: 1}
-	rng := newRand(t)
+	rng := vfstest.Rand(t)
 	entries := m.generate(rng, 2, 300)
 	must(t, l.Append(entries))
 	m.append(entries)

@@ -7,9 +7,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"math/rand/v2"
-	"os"
 	"slices"
-	"strconv"
 	"testing"
 
 	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
@@ -29,29 +27,6 @@ func mustOpen(t testing.TB, opts Options) *Log {
 		t.Fatal(err)
 	}
 	return l
-}
-
-// envInt lets `make soak` ask the same test for more.
-func envInt(t testing.TB, name string, def int) int {
-	t.Helper()
-	v := os.Getenv(name)
-	if v == "" {
-		return def
-	}
-	n, err := strconv.Atoi(v)
-	if err != nil {
-		t.Fatalf("%s: %v", name, err)
-	}
-	return n
-}
-
-// newRand returns a generator whose seed is logged, and can be given again by
-// DIURNA_SEED.
-func newRand(t testing.TB) *rand.Rand {
-	t.Helper()
-	seed := uint64(envInt(t, "DIURNA_SEED", int(rand.Uint64()>>1)))
-	t.Logf("seed: DIURNA_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
 }
 
 // model is what a log must hold.

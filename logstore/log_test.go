@@ -19,7 +19,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // TestModel runs random operations on a log and on a model of it and compares
 // everything that can be read, across clean restarts.
 func TestModel(t *testing.T) {
-	rng := newRand(t)
+	rng := vfstest.Rand(t)
 	for range 60 {
 		fs := vfstest.New()
 		opts := smallOptions(fs)
@@ -390,7 +390,7 @@ func TestBadOptions(t *testing.T) {
 
 // TestRealFiles is the model on a real disk, with the real background work.
 func TestRealFiles(t *testing.T) {
-	rng := newRand(t)
+	rng := vfstest.Rand(t)
 	dir := t.TempDir()
 	opts := Options{SegmentSize: 64 << 10, MaxOpenSegments: 2}
 	open := func() *Log {

@@ -15,8 +15,8 @@ import (
 // returns anything but what was written or a *CorruptError, and the log opens
 // with all of its entries or is refused with a typed error and left alone.
 func TestBitFlips(t *testing.T) {
-	rng := newRand(t)
-	want := envInt(t, "DIURNA_FLIPS", 10000)
+	rng := vfstest.Rand(t)
+	want := vfstest.Env(t, "DIURNA_FLIPS", 10000)
 	refused, unread, harmless := 0, 0, 0
 	for flips := 0; flips < want; {
 		clean := rng.IntN(2) == 0
@@ -170,7 +170,7 @@ func entryAt(m *model, base uint64) *Entry {
 // TestTornTails puts random bytes where a crash may leave them, behind the
 // last synced entry, and opens the log: it always opens, with all it had.
 func TestTornTails(t *testing.T) {
-	rng := newRand(t)
+	rng := vfstest.Rand(t)
 	for range 3000 {
 		fsys := vfstest.New()
 		l := mustOpen(t, smallOptions(fsys))
@@ -262,7 +262,7 @@ func TestSyncedMark(t *testing.T) {
 
 // TestIndexRebuilt opens a log whose index files are gone, foreign or wrong.
 func TestIndexRebuilt(t *testing.T) {
-	rng := newRand(t)
+	rng := vfstest.Rand(t)
 	mutations := map[string]func(name string, fsys *vfstest.Mem){
 		"missing": func(name string, fsys *vfstest.Mem) { must(t, fsys.Remove(name)) },
 		"empty":   func(name string, fsys *vfstest.Mem) { must(t, fsys.Mutate(name, func([]byte) []byte { return nil })) },

@@ -221,7 +221,7 @@ func TestDiskFailure(t *testing.T) {
 		}
 		fs.SetHook(nil)
 		cfg.OnFatal = nil
-		rng := newRand(t)
+		rng := vfstest.Rand(t)
 		for _, survive := range []vfstest.Survival{vfstest.None, vfstest.Some, vfstest.All} {
 			cfg.FS = fs.CrashClone(rng, survive)
 			cfg.Transport = nil
@@ -284,7 +284,7 @@ func TestHungDisk(t *testing.T) {
 		t.Errorf("in flight: %v", err)
 	}
 	// So that the next one can have the files; a process would have ended.
-	clone := fs.CrashClone(newRand(t), vfstest.None)
+	clone := fs.CrashClone(vfstest.Rand(t), vfstest.None)
 	fs.SetHook(nil)
 	close(release)
 	if err := errors.Join(r.raft.Shutdown().Error(), r.stable.Close()); err != nil {

@@ -44,8 +44,8 @@ type crashPoint struct {
 // segments roll and snapshots are taken: afterwards all that was acknowledged
 // is where it was said to be, nothing is there twice, and the log goes on.
 func TestCrash(t *testing.T) {
-	rng := newRand(t)
-	want := envInt(t, "DIURNA_CRASH_POINTS", 400)
+	rng := vfstest.Rand(t)
+	want := vfstest.Env(t, "DIURNA_CRASH_POINTS", 400)
 	dir := t.TempDir()
 	for points := 0; points < want; {
 		disk := vfstest.New()
@@ -190,7 +190,7 @@ func checkCrash(t *testing.T, dir string, c crashPoint) error {
 // TestCrashWhileOpening crashes at every operation of a start, and of the start
 // after it.
 func TestCrashWhileOpening(t *testing.T) {
-	rng := newRand(t)
+	rng := vfstest.Rand(t)
 	dir := t.TempDir()
 	c := runUntilCrashed(t, dir, vfstest.New(), rng, 0, 8)[7]
 	crash := errors.New("crash")
@@ -227,7 +227,7 @@ func TestCrashWhileOpening(t *testing.T) {
 // TestCrashWhileBootstrapping: a first start that was interrupted anywhere is
 // followed by one that works.
 func TestCrashWhileBootstrapping(t *testing.T) {
-	rng := newRand(t)
+	rng := vfstest.Rand(t)
 	crash := errors.New("crash")
 	for k := 1; ; k++ {
 		for _, survive := range []vfstest.Survival{vfstest.None, vfstest.Some, vfstest.All} {

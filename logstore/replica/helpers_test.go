@@ -5,9 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"math/rand/v2"
-	"os"
-	"strconv"
 	"testing"
 	"time"
 
@@ -165,27 +162,4 @@ func checkAcked(r *Replica, all []acked) error {
 		seen[rec.batch] = true
 	}
 	return nil
-}
-
-// envInt lets `make soak` ask the same test for more.
-func envInt(t testing.TB, name string, def int) int {
-	t.Helper()
-	v := os.Getenv(name)
-	if v == "" {
-		return def
-	}
-	n, err := strconv.Atoi(v)
-	if err != nil {
-		t.Fatalf("%s: %v", name, err)
-	}
-	return n
-}
-
-// newRand returns a generator whose seed is logged, and can be given again by
-// DIURNA_SEED.
-func newRand(t testing.TB) *rand.Rand {
-	t.Helper()
-	seed := uint64(envInt(t, "DIURNA_SEED", int(rand.Uint64()>>1)))
-	t.Logf("seed: DIURNA_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
 }

@@ -9,13 +9,15 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
 )
 
 // TestConcurrentProposers: every acknowledged batch has its own offsets, all
 // offsets are taken, contents are where they were acknowledged, and batches of
 // one proposer are in its order.
 func TestConcurrentProposers(t *testing.T) {
-	rng := newRand(t)
+	rng := vfstest.Rand(t)
 	cfg := testConfig(t, t.TempDir())
 	cfg.EntryBytes = 4 << 10
 	cfg.SegmentSize = 64 << 10

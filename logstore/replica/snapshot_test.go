@@ -209,7 +209,7 @@ func TestSnapshotContradictions(t *testing.T) {
 // TestSnapshotCrash crashes at every operation of taking a snapshot: there is
 // always the old one or the new one, and never a leftover.
 func TestSnapshotCrash(t *testing.T) {
-	rng := newRand(t)
+	rng := vfstest.Rand(t)
 	crash := errors.New("crash")
 	for k := 1; ; k++ {
 		fs := vfstest.New()
@@ -270,7 +270,7 @@ func checkAfterSnapshotCrash(t *testing.T, fs *vfstest.Mem, when string) {
 
 // TestSnapshotDurable: a snapshot that was taken survives any crash.
 func TestSnapshotDurable(t *testing.T) {
-	rng := newRand(t)
+	rng := vfstest.Rand(t)
 	fs := vfstest.New()
 	s := mustOpenSnapshots(t, fs)
 	for i := uint64(1); i < 20; i++ {

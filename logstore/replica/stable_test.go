@@ -13,6 +13,7 @@ import (
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 
 	"github.com/diurnalog/diurna/logstore/vfs"
+	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
 )
 
 var _ raft.StableStore = (*stableStore)(nil)
@@ -188,7 +189,7 @@ func TestStableCreation(t *testing.T) {
 // it is damaged, or gives the very values that were written last. There are
 // older ones in it, in pages that BoltDB does not use any more.
 func TestStableRot(t *testing.T) {
-	rng := newRand(t)
+	rng := vfstest.Rand(t)
 	dir := t.TempDir()
 	file := filepath.Join(dir, "raft.db")
 	s := mustOpenStable(t, file, 0)
@@ -213,7 +214,7 @@ func TestStableRot(t *testing.T) {
 	}
 
 	refused, fine := 0, 0
-	flips := envInt(t, "DIURNA_FLIPS", 3000)
+	flips := vfstest.Env(t, "DIURNA_FLIPS", 3000)
 	for n := range flips {
 		b := slices.Clone(content)
 		var at []int
