@@ -181,7 +181,7 @@ func TestSegmentFindings(t *testing.T) {
 		}, exitOK, "index       missing", ""},
 		"index wrong": {func(t *testing.T, first, _ string) {
 			change(t, strings.TrimSuffix(first, ".log")+".idx", func(b []byte) []byte { b[70]++; return b })
-		}, exitOK, "index       wrong: checksum", ""},
+		}, exitOK, "index       wrong: the checksum", ""},
 		"gone": {func(t *testing.T, first, _ string) {
 			if err := os.Remove(first); err != nil {
 				t.Fatal(err)

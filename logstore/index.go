@@ -2,6 +2,7 @@ package logstore
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"sort"
 )
@@ -100,7 +101,11 @@ func parseIndex(b []byte, s *segmentHeader, count int, lastCRC uint32) (*frameIn
 	if len(b) < indexHeaderSize {
 		return nil, fmt.Errorf("%d bytes are too few for an index", len(b))
 	}
-	if err := checkPreamble("the index", b, indexMagic, "an index"); err != nil {
+	if err := checkPreamble("", b, indexMagic, "an index"); err != nil {
+		var damage *CorruptError
+		if errors.As(err, &damage) {
+			err = errors.New(damage.Detail) // it is derived data, so no damage
+		}
 		return nil, err
 	}
 	le := binary.LittleEndian
