@@ -15,7 +15,8 @@ type Log interface {
 	// its outcome. Batches proposed one after the other by one goroutine are
 	// appended in that order. With wait it blocks for room until ctx ends;
 	// without, it fails with ErrOverloaded when the log has too much in
-	// flight. An error means that nothing was or will be appended.
+	// flight. ctx bounds only this call: what it has taken stays in line. An
+	// error means that nothing was or will be appended.
 	Propose(ctx context.Context, p Proposal, wait bool) (Pending, error)
 
 	// Bounds tells which offsets can be read now.
