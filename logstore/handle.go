@@ -190,8 +190,27 @@ func (hs *handles) openSealed(s *segment) (o *openSegment, err error) {
 		return o, err
 	}
 	// Best effort: without the file the next opening rebuilds again.
-	_ = writeIndex(hs.fs, s, s.lastCRC, o.index)
+	if err := writeIndex(hs.fs, s, s.lastCRC, o.index); err == nil {
+		_ = hs.mapIndex(s, o)
+	}
 	return o, nil
+}
+
+// useIndexFile maps the index that a segment has had in memory since it was
+// active, now that there is a file: what many sealed segments' indexes take is
+// then the page cache's and not the heap's.
+func (hs *handles) useIndexFile(s *segment) {
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	h := &s.handle
+	if h.open == nil || h.pinned || h.open.mapping != nil {
+		return
+	}
+	// A fresh one, as in unpin: readers hold the other and its index.
+	o := &openSegment{file: h.open.file}
+	if err := hs.mapIndex(s, o); err == nil {
+		h.open = o
+	}
 }
 
 // writeIndex makes the index file of a segment whose last frame is known.

@@ -181,7 +181,9 @@ func (k *keeper) writeOneIndex() bool {
 	defer k.l.handles.release(s)
 	if o.index != nil && o.damage == nil && o.mapping == nil {
 		// An index that cannot be written is rebuilt when it is needed.
-		_ = writeIndex(k.l.fs, s, s.lastCRC, o.index)
+		if err := writeIndex(k.l.fs, s, s.lastCRC, o.index); err == nil {
+			k.l.handles.useIndexFile(s)
+		}
 	}
 	return true
 }

@@ -298,3 +298,32 @@ func TestIndexRebuilt(t *testing.T) {
 		})
 	}
 }
+
+// TestSealedIndexesAreMapped: the heap holds no index of a sealed segment,
+// however it came to be open.
+func TestSealedIndexesAreMapped(t *testing.T) {
+	rng := vfstest.Rand(t)
+	fsys, m := flippable(t, rng, false)
+	for _, name := range fsys.Names() {
+		if strings.HasSuffix(name, indexSuffix) {
+			must(t, fsys.Remove(name))
+		}
+	}
+	l := mustOpen(t, smallOptions(fsys))
+	for range 20 {
+		entries := m.generate(rng, 3, 700)
+		must(t, l.Append(entries))
+		m.append(entries)
+	}
+	must(t, checkReads(l, &m, rng))
+	st := l.state.Load()
+	for _, s := range st.segs[:len(st.segs)-1] {
+		o, err := l.handles.acquire(s)
+		must(t, err)
+		if o.mapping == nil || o.index.mem != nil {
+			t.Errorf("the index of %s is in memory", s.file)
+		}
+		l.handles.release(s)
+	}
+	must(t, l.Close())
+}
