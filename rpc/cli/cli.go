@@ -67,8 +67,8 @@ func Commands(m *Meta) map[string]hcli.CommandFactory {
 	return map[string]hcli.CommandFactory{
 		"consume": verb(&consumeCommand{Meta: m}),
 		"produce": verb(&produceCommand{Meta: m}),
-		"servers": verb(&serversCommand{Meta: m}),
-		"status":  verb(&statusCommand{Meta: m}),
+		"servers": verb(&serversCommand{question{Meta: m}}),
+		"status":  verb(&statusCommand{question{Meta: m}}),
 		"version": verb(&versionCommand{Meta: m}),
 	}
 }

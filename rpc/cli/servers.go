@@ -7,26 +7,10 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/diurnalog/diurna/rpc/cli/flags"
 	"github.com/diurnalog/diurna/rpc/client"
 )
 
-const defaultAnswerTimeout = 5 * time.Second
-
-type serversCommand struct {
-	*Meta
-	addr    string
-	timeout time.Duration
-	json    bool
-}
-
-func (c *serversCommand) options() *flags.Set {
-	f := flags.New()
-	addrFlag(f, c.Meta, &c.addr)
-	f.Duration(&c.timeout, "timeout", defaultAnswerTimeout, "How long to wait for the answer. Default 5s.")
-	f.Bool(&c.json, "json", "Print a JSON object.")
-	return f
-}
+type serversCommand struct{ question }
 
 func (c *serversCommand) Synopsis() string { return "List the nodes of the cluster" }
 
@@ -49,14 +33,7 @@ Examples:
 }
 
 func (c *serversCommand) Run(args []string) int {
-	if err := c.options().Parse(args); err != nil {
-		return c.usage("servers", err)
-	}
-	return c.withClient(c.addr, func(cl *client.Client) int {
-		interrupted, stop := c.untilInterrupted()
-		defer stop()
-		ctx, cancel := context.WithTimeout(interrupted, c.timeout)
-		defer cancel()
+	return c.ask("servers", args, func(ctx context.Context, cl *client.Client) int {
 		list, err := cl.Servers(ctx)
 		if err != nil {
 			return c.failed(err)

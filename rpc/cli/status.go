@@ -6,26 +6,11 @@ import (
 	"fmt"
 	"strings"
 	"text/tabwriter"
-	"time"
 
-	"github.com/diurnalog/diurna/rpc/cli/flags"
 	"github.com/diurnalog/diurna/rpc/client"
 )
 
-type statusCommand struct {
-	*Meta
-	addr    string
-	timeout time.Duration
-	json    bool
-}
-
-func (c *statusCommand) options() *flags.Set {
-	f := flags.New()
-	addrFlag(f, c.Meta, &c.addr)
-	f.Duration(&c.timeout, "timeout", defaultAnswerTimeout, "How long to wait for the answer. Default 5s.")
-	f.Bool(&c.json, "json", "Print a JSON object.")
-	return f
-}
+type statusCommand struct{ question }
 
 func (c *statusCommand) Synopsis() string { return "Tell whether a node is healthy" }
 
@@ -59,15 +44,8 @@ type nodeStatus struct {
 }
 
 func (c *statusCommand) Run(args []string) int {
-	if err := c.options().Parse(args); err != nil {
-		return c.usage("status", err)
-	}
-	return c.withClient(c.addr, func(cl *client.Client) int {
-		interrupted, stop := c.untilInterrupted()
-		defer stop()
-		ctx, cancel := context.WithTimeout(interrupted, c.timeout)
-		defer cancel()
-		status, err := ask(ctx, cl)
+	return c.ask("status", args, func(ctx context.Context, cl *client.Client) int {
+		status, err := askStatus(ctx, cl)
 		if err != nil {
 			status.Problem = explain(err)
 		}
@@ -88,7 +66,7 @@ func (c *statusCommand) Run(args []string) int {
 	})
 }
 
-func ask(ctx context.Context, cl *client.Client) (nodeStatus, error) {
+func askStatus(ctx context.Context, cl *client.Client) (nodeStatus, error) {
 	status := nodeStatus{Address: cl.Addr()}
 	serving, health, err := cl.Health(ctx)
 	if err != nil {
