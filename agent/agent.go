@@ -232,7 +232,10 @@ func (a *Agent) stop(ctx context.Context, doing func(string)) error {
 	a.serving.Wait()
 	if a.replica != nil {
 		doing("closing the log")
-		err = errors.Join(err, a.replica.Close(ctx))
+		if err = errors.Join(err, a.replica.Close(ctx)); errors.Is(err, replica.ErrHangs) {
+			// The lock stays: nobody else may have these files yet.
+			return err
+		}
 	}
 	if a.data != nil {
 		err = errors.Join(err, a.data.Close())

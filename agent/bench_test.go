@@ -1,19 +1,15 @@
-package agent_test
+package agent
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -32,71 +28,10 @@ import (
 // and a client in this one. Each prints a ratio against a baseline taken in
 // the same run.
 
-// benchNode is a node in another process.
-type benchNode struct {
-	addr string
-	cmd  *exec.Cmd
-}
-
-// startBenchNode builds the program and runs it until the benchmark ends.
-func startBenchNode(b *testing.B) *benchNode {
-	b.Helper()
-	dir := b.TempDir()
-	bin := filepath.Join(dir, "diurna")
-	build := exec.Command("go", "build", "-o", bin, "github.com/diurnalog/diurna")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		b.Fatalf("build: %v\n%s", err, out)
-	}
-	cmd := exec.Command(bin, "agent", "-dev", "-data-dir", filepath.Join(dir, "data"), "-rpc-addr", "127.0.0.1:0", "-log-level", "info")
-	stderr, err := cmd.StderrPipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	n := startProcess(b, cmd)
-	n.addr = awaitLine(b, stderr, "diurna: ready", " address=")
-	return n
-}
-
-func startProcess(b *testing.B, cmd *exec.Cmd) *benchNode {
-	b.Helper()
-	if err := cmd.Start(); err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		if err := cmd.Wait(); err != nil {
-			b.Errorf("node: %v", err)
-		}
-	})
-	return &benchNode{cmd: cmd}
-}
-
-// awaitLine reads a process's output until a line with until, and returns the
-// word behind key in any line before. The rest of the output is thrown away.
-func awaitLine(b *testing.B, output interface{ Read([]byte) (int, error) }, until, key string) (value string) {
-	b.Helper()
-	scan := bufio.NewScanner(output)
-	for scan.Scan() {
-		if _, rest, ok := strings.Cut(scan.Text(), key); ok && value == "" {
-			value = strings.Fields(rest)[0]
-		}
-		if strings.Contains(scan.Text(), until) {
-			go func() {
-				for scan.Scan() {
-				}
-			}()
-			return value
-		}
-	}
-	b.Fatalf("the process ended before it said %q", until)
-	return ""
-}
-
 // anonymous is the process's memory that no file backs: heap and stacks.
-func (n *benchNode) anonymous(b *testing.B) int64 {
+func (n *node) anonymous(b *testing.B) int64 {
 	b.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", n.cmd.Process.Pid))
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", n.Process.Pid))
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -108,18 +43,12 @@ func (n *benchNode) anonymous(b *testing.B) int64 {
 	return kib << 10
 }
 
-func benchClient(b *testing.B, addr string) *client.Client {
+// benchNode runs the program until the benchmark ends.
+func benchNode(b *testing.B) *node {
 	b.Helper()
-	c, err := client.Dial(addr)
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() {
-		if err := c.Close(); err != nil {
-			b.Error(err)
-		}
-	})
-	return c
+	n := startNode(b, filepath.Join(b.TempDir(), "data"))
+	b.Cleanup(func() { n.terminate(b) })
+	return n
 }
 
 // groupCommit is the baseline of the produce benchmarks: the log store alone,
@@ -158,8 +87,8 @@ func reportProduce(b *testing.B, records int, elapsed time.Duration, latencies [
 
 // BenchmarkProduceUnary: 64 callers, each one record of 1 KiB at a time.
 func BenchmarkProduceUnary(b *testing.B) {
-	node := startBenchNode(b)
-	c := benchClient(b, node.addr)
+	node := benchNode(b)
+	c := dial(b, node.addr)
 	records := []*client.Record{{Value: make([]byte, 1<<10)}}
 	const callers = 64
 	each := max(b.N/callers, 1500)
@@ -188,8 +117,8 @@ func BenchmarkProduceUnary(b *testing.B) {
 // BenchmarkProduceStream: one stream of batches of 64 records of 1 KiB, 8 MiB
 // of them in flight.
 func BenchmarkProduceStream(b *testing.B) {
-	node := startBenchNode(b)
-	c := benchClient(b, node.addr)
+	node := benchNode(b)
+	c := dial(b, node.addr)
 	before := groupCommit(b, 5000)
 	batches := max(b.N, 20000)
 	sent := make(chan time.Time, batches+1)
@@ -280,8 +209,8 @@ func dialBench(b *testing.B, addr string) *grpc.ClientConn {
 // Baseline: a bare gRPC stream, from another process too, that pushes the same
 // number of bytes through a codec that does nothing.
 func BenchmarkConsumeStream(b *testing.B) {
-	node := startBenchNode(b)
-	c := benchClient(b, node.addr)
+	node := benchNode(b)
+	c := dial(b, node.addr)
 	const total = 1 << 30
 	p, err := c.NewProducer(context.Background(), client.ProducerOptions{})
 	if err != nil {
@@ -323,33 +252,28 @@ func BenchmarkConsumeStream(b *testing.B) {
 	b.ReportMetric(float64(peak-before)/(1<<20), "growth-MiB")
 }
 
-const bareTotalEnv = "DIURNA_BENCH_BARE"
+// pushEnv makes this binary the process that BenchmarkConsumeStream compares
+// with, which pushes so many bytes.
+const pushEnv = "DIURNA_TEST_PUSH_BYTES"
 
-// startBarePusher runs TestBarePusher of this very test program.
+// startBarePusher runs this very test program as that process.
 func startBarePusher(b *testing.B, total int) (addr string) {
 	b.Helper()
-	cmd := exec.Command(os.Args[0], "-test.run", "^TestBarePusher$", "-test.v")
-	cmd.Env = append(os.Environ(), bareTotalEnv+"="+strconv.Itoa(total))
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	startProcess(b, cmd)
-	return awaitLine(b, stdout, "serving address=", " address=")
+	p := startProcess(b, "env", pushEnv+"="+strconv.Itoa(total), os.Args[0])
+	_, addr, _ = strings.Cut(p.stdout.mustAwait(b, "\n"), "address=")
+	return strings.TrimSpace(addr)
 }
 
-// TestBarePusher is not a test but the process that BenchmarkConsumeStream
-// compares with.
-func TestBarePusher(t *testing.T) {
-	total, err := strconv.Atoi(os.Getenv(bareTotalEnv))
+// push serves a bare gRPC stream until the process is killed.
+func push(bytes string) error {
+	total, err := strconv.Atoi(bytes)
 	if err != nil {
-		t.SkipNow()
+		return err
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
-	fmt.Printf("serving address=%s\n", l.Addr())
 	server := grpc.NewServer(grpc.ForceServerCodecV2(pushCodec{}), grpc.InitialWindowSize(1<<20), grpc.InitialConnWindowSize(8<<20))
 	server.RegisterService(&grpc.ServiceDesc{ServiceName: "bare", Streams: []grpc.StreamDesc{{
 		StreamName: "Push", ServerStreams: true,
@@ -366,15 +290,8 @@ func TestBarePusher(t *testing.T) {
 			return nil
 		},
 	}}}, nil)
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGTERM)
-	go func() {
-		<-signals
-		server.Stop()
-	}()
-	if err := server.Serve(l); err != nil {
-		t.Fatal(err)
-	}
+	fmt.Printf("serving address=%s\n", l.Addr())
+	return server.Serve(l)
 }
 
 // pushCodec sends byte slices as they are.

@@ -22,6 +22,13 @@ func TestMain(m *testing.M) {
 	if name := os.Getenv(holdEnv); name != "" {
 		os.Exit(holdLock(name))
 	}
+	if bytes := os.Getenv(pushEnv); bytes != "" {
+		if err := push(bytes); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	// Now, because tests change the environment and the working directory.
 	program.home, program.err = os.Getwd()
 	if program.err == nil {

@@ -15,6 +15,9 @@ var (
 	ErrOverloaded = errors.New("too much in flight")
 	// ErrClosed: the replica is shutting down. Nothing was appended.
 	ErrClosed = errors.New("replica is closed")
+	// ErrHangs: Raft does not stop, because it waits for the disk. It may still
+	// write to the replica's files.
+	ErrHangs = errors.New("raft does not stop: it waits for the disk")
 )
 
 // NotLeaderError: another node leads. Nothing was appended.

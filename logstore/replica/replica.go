@@ -401,7 +401,8 @@ func (r *Replica) WaitReady(ctx context.Context) error {
 //
 // When ctx ends, what was not handed to Raft yet is answered with ErrClosed;
 // the rest gets a moment more, and then ErrUnknownOutcome. A disk that hangs
-// can keep Raft from stopping: then Close says so, and its files stay open.
+// can keep Raft from stopping: then Close returns ErrHangs, and its files stay
+// open.
 func (r *Replica) Close(ctx context.Context) error {
 	r.closeOnce.Do(func() { r.closeErr = r.close(ctx) })
 	return r.closeErr
@@ -445,7 +446,7 @@ func (r *Replica) close(ctx context.Context) error {
 	r.watermark.close()
 	r.watching.Wait()
 	if !stopped {
-		return errors.Join(err, errors.New("raft does not stop: it waits for the disk"))
+		return errors.Join(err, ErrHangs)
 	}
 	return errors.Join(err, r.log.Close(), r.stable.Close())
 }
