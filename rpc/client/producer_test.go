@@ -229,7 +229,7 @@ func TestProducerOutcome(t *testing.T) {
 			appendAll(t, p, "a", "b", "c", "d", "e")
 			tokens <- nil
 			tokens <- nil
-			awaitSent(t, p, 3)
+			awaitSent(t, p, 2, 3)
 			tokens <- tc.err
 			outcome, err := p.Close(testContext(t))
 			if outcome != tc.want {
@@ -249,19 +249,21 @@ func TestProducerOutcome(t *testing.T) {
 	}
 }
 
-// awaitSent returns when n batches are with the connection and unacknowledged.
-func awaitSent(t *testing.T, p *Producer, n int) {
+// awaitSent returns when so many batches are acknowledged, and n more are with
+// the connection. The number of the latter alone says nothing: it is 1 also
+// when the first batch is on its way and the second has yet to be sent.
+func awaitSent(t *testing.T, p *Producer, acked, n int) {
 	t.Helper()
 	deadline := time.Now().Add(10 * time.Second)
 	for {
 		p.mu.Lock()
-		sent := len(p.sent)
+		sent, gotAcked := len(p.sent), int(p.acked)
 		p.mu.Unlock()
-		if sent == n {
+		if sent == n && gotAcked == acked {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("%d batches are sent, want %d", sent, n)
+			t.Fatalf("%d batches are acknowledged and %d more sent, want %d and %d", gotAcked, sent, acked, n)
 		}
 		time.Sleep(time.Millisecond)
 	}
@@ -275,7 +277,7 @@ func TestProducerServerKilled(t *testing.T) {
 	p := newProducer(t, c, ProducerOptions{BatchRecords: 2, Linger: time.Hour})
 	appendAll(t, p, "a", "b", "c", "d")
 	tokens <- nil
-	awaitSent(t, p, 1)
+	awaitSent(t, p, 1, 1)
 	appendAll(t, p, "not sent")
 	<-reached
 	<-reached
@@ -299,7 +301,7 @@ func TestProducerCloseGivesUp(t *testing.T) {
 	p := newProducer(t, c, ProducerOptions{Linger: -1})
 	appendAll(t, p, "a", "b")
 	tokens <- nil
-	awaitSent(t, p, 1)
+	awaitSent(t, p, 1, 1)
 	ctx, cancel := context.WithCancel(testContext(t))
 	cancel()
 	outcome, err := p.Close(ctx)
