@@ -17,7 +17,7 @@
 data_dir = "/var/lib/diurna"
 
 # trace, debug, info, warn or error. A reload applies it at once; every other
-# key takes a restart.
+# key takes a restart unless it says otherwise.
 log_level = "info"
 
 # One JSON object per line, for machines to collect.
@@ -31,6 +31,79 @@ node {
   # What people call the node. It may change: the node's identity is an id kept
   # with its data.
   name = hostname()
+}
+
+cluster {
+  # Nodes with the same name find each other. One registry can know several
+  # clusters.
+  name = "diurna"
+
+  # How many nodes form the cluster where there is none yet, this one included:
+  # the same number, usually 3, on all of them. 1 forms one alone. 0 never forms
+  # one: the node waits until an existing cluster adds it. It has to be said
+  # where there are others to find. Once the cluster exists it is also the
+  # number of voters that dead nodes are never removed below.
+  bootstrap_expect = 1
+
+  # Where the node runs, for clients that prefer a near one.
+  zone = ""
+}
+
+discovery {
+  # How nodes find one another: "static", by the list below, or "consul".
+  type = "static"
+
+  # The addresses of the other nodes, host:port, for "static". This node's own
+  # may be among them, so that all can have the same list.
+  peers = []
+}
+
+consul {
+  # The Consul agent of this machine, as host:port or a URL: always the local
+  # one, never a load balancer. Used with discovery.type = "consul" only.
+  address = "127.0.0.1:8500"
+
+  # An ACL token, or the file that holds one, which is read again when Consul
+  # refuses it.
+  token = ""
+
+  # See token.
+  token_file = ""
+
+  # For an agent that wants TLS: whom to trust, and who we are.
+  ca_file = ""
+
+  # See ca_file.
+  cert_file = ""
+
+  # See ca_file.
+  key_file = ""
+
+  # The service that nodes register as, and that clients look up:
+  # diurna.service.consul.
+  service = "diurna"
+
+  # Tags besides the node's role.
+  tags = []
+}
+
+membership {
+  # How long a node that joins must have been healthy before it gets a vote.
+  stabilization = "10s"
+
+  # A node that the leader has not heard from for so long is unhealthy.
+  last_contact = "1s"
+
+  # A voter that the leader cannot reach and that the catalog does not list
+  # either may be replaced after this time ...
+  left_after = "10m"
+
+  # ... and one that the leader cannot reach but the catalog still lists, after
+  # this. A catalog that is down, or empty, counts for nothing.
+  dead_after = "24h"
+
+  # Whether such voters are removed once enough others can take their place.
+  cleanup_dead = true
 }
 
 listener {
@@ -66,20 +139,44 @@ log {
   # A new segment file is begun at this size, 1MiB to 1GiB. Old records are
   # deleted by whole segments, so smaller ones free space sooner.
   segment_size = "64MiB"
+
+  # Records are deleted, by whole segments, when the newest of the segment is
+  # older than this. Empty keeps them for ever. The leader's setting counts. A
+  # reload applies this and the next at once.
+  retention_age = ""
+
+  # The oldest segments are deleted while the log is larger than this. Empty
+  # means no limit.
+  retention_bytes = ""
+
+  # How long one pass of reading everything again takes, which finds damage in
+  # records that nobody reads.
+  scrub_interval = "24h"
+}
+
+disk {
+  # With less space than this free, records are refused and leadership goes to
+  # another node, so that the disk is never full. 0B only refuses when it is.
+  min_free = "256MiB"
+
+  # A disk that takes longer than this for one write is taken for dead: the node
+  # ends, so that others go on. Empty means raft.election_timeout.
+  stall_limit = ""
 }
 
 raft {
   # How long a follower waits to hear from the leader before it stands for
-  # election. These three suit one node; nodes that share slow disks or distant
-  # networks want seconds.
-  heartbeat_timeout = "500ms"
+  # election: twice that at most. Shorter means a shorter pause when a leader
+  # dies, longer means patience with slow disks and networks. A node that is
+  # tried out alone with -dev takes 100ms for these three.
+  heartbeat_timeout = "1500ms"
 
   # How long a candidate waits for votes. At least heartbeat_timeout.
-  election_timeout = "500ms"
+  election_timeout = "1500ms"
 
   # How long a leader without a quorum stays leader. At most heartbeat_timeout,
   # so that it has stepped down when another stands for election.
-  leader_lease_timeout = "500ms"
+  leader_lease_timeout = "1s"
 
   # How soon an idle leader tells followers what is committed: how late their
   # readers see the last record.

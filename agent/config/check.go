@@ -21,6 +21,7 @@ func (l *loader) check(c *Config) {
 			"%q is not a name: up to 128 letters, digits, dots, hyphens and underscores, a letter or digit first and last.", c.Node.Name)
 	}
 	l.checkAdvertise(c)
+	l.checkCluster(c)
 
 	size := func(name string, n int64) operand { return operand{name, n, formatSize(n)} }
 	record := operand{"limits.max_record", c.Limits.MaxRecord + RecordFraming,
@@ -36,6 +37,68 @@ func (l *loader) check(c *Config) {
 		"A leader must step down before others stand for election.")
 	l.atMost(span("raft.commit_timeout", c.Raft.CommitTimeout), heartbeat,
 		"Followers must hear from an idle leader in time.")
+}
+
+// checkCluster looks at how the node finds its cluster. It also takes back the
+// pace of a node that is tried out alone where there are others.
+func (l *loader) checkCluster(c *Config) {
+	for _, k := range []struct{ key, value string }{{"cluster.name", c.Cluster.Name}, {"consul.service", c.Consul.Service}} {
+		if !l.bad[k.key] && !nodeName.MatchString(k.value) {
+			l.fail(k.key, "Invalid value for "+k.key,
+				"%q is not a name: up to 128 letters, digits, dots, hyphens and underscores, a letter or digit first and last.", k.value)
+		}
+	}
+	if !l.bad["discovery.peers"] {
+		for _, p := range c.Discovery.Peers {
+			if addr, err := parseAddress(p, l.host); err != nil || isWildcard(addr) {
+				l.fail("discovery.peers", "Invalid value for discovery.peers", "%q is not the host:port of a node.", p)
+				break
+			}
+		}
+	}
+	if l.bad["discovery.type"] || l.bad["discovery.peers"] || l.bad["cluster.bootstrap_expect"] {
+		return
+	}
+	_, said := l.given["cluster.bootstrap_expect"]
+	n := c.Cluster.BootstrapExpect
+	static := c.Discovery.Type == DiscoveryStatic
+	const how = "Set cluster.bootstrap_expect, or give -bootstrap-expect: the same number on all nodes that form the cluster, usually 3; 0 on one that is to join an existing cluster."
+	switch peers := l.others(c); {
+	case !static && len(c.Discovery.Peers) > 0:
+		l.fail("discovery.peers", "Values do not fit together", "discovery.peers is for discovery.type = %q. Leave it out: Consul knows the peers.", DiscoveryStatic)
+	case !said && !static:
+		l.fail("discovery.type", "Missing cluster.bootstrap_expect", "With others to find it is not clear how many nodes form the cluster. %s", how)
+	case !said && peers > 0:
+		l.fail("discovery.peers", "Missing cluster.bootstrap_expect", "With others to find it is not clear how many nodes form the cluster. %s", how)
+	case static && n > 0 && n != peers+1:
+		l.fail("cluster.bootstrap_expect", "Values do not fit together",
+			"cluster.bootstrap_expect is %d, but discovery.peers names %d other nodes. A static list forms a cluster of all that are on it, this node included; 0 joins one that exists.", n, peers)
+	case static && n == 0 && peers == 0:
+		l.fail("cluster.bootstrap_expect", "Values do not fit together", "With 0 the node waits to be added to a cluster, but there is nobody to find: set discovery.peers, or discovery.type = %q.", DiscoveryConsul)
+	}
+	if c.Dev && !c.Alone() {
+		patient := defaults(l.host).Raft
+		for key, restore := range map[string]func(){
+			"raft.heartbeat_timeout":    func() { c.Raft.HeartbeatTimeout = patient.HeartbeatTimeout },
+			"raft.election_timeout":     func() { c.Raft.ElectionTimeout = patient.ElectionTimeout },
+			"raft.leader_lease_timeout": func() { c.Raft.LeaderLeaseTimeout = patient.LeaderLeaseTimeout },
+		} {
+			if _, ok := l.given[key]; !ok {
+				restore()
+			}
+		}
+	}
+}
+
+// others is how many nodes the static list names besides this one.
+func (l *loader) others(c *Config) int {
+	n := 0
+	for _, p := range c.Discovery.Peers {
+		if p != c.Listener.Advertise {
+			n++
+		}
+	}
+	return n
 }
 
 func (l *loader) checkAdvertise(c *Config) {

@@ -17,11 +17,16 @@ type Config struct {
 	// LogJSON writes one JSON object per line of log.
 	LogJSON bool
 
-	Node     Node
-	Listener Listener
-	Limits   Limits
-	Log      Log
-	Raft     Raft
+	Node       Node
+	Cluster    Cluster
+	Discovery  Discovery
+	Consul     Consul
+	Membership Membership
+	Listener   Listener
+	Limits     Limits
+	Log        Log
+	Disk       Disk
+	Raft       Raft
 
 	// ShutdownTimeout is how long a clean stop may take. Calls that are still
 	// under way shortly before that are cut off.
@@ -33,6 +38,69 @@ type Node struct {
 	// Name is for people. It may change: a node is known by an id that is kept
 	// with its data.
 	Name string
+}
+
+// Cluster is what the node is a part of.
+type Cluster struct {
+	// Name keeps apart the clusters that one registry knows.
+	Name string
+	// BootstrapExpect is how many nodes, this one included, form the cluster
+	// where there is none yet. 0 never forms one and waits to be added; 1 forms
+	// one alone.
+	BootstrapExpect int
+	// Zone is where the node runs, for those who choose a near one.
+	Zone string
+}
+
+// Kinds of Discovery.
+const (
+	DiscoveryStatic = "static"
+	DiscoveryConsul = "consul"
+)
+
+// Discovery is how nodes find one another.
+type Discovery struct {
+	// Type is DiscoveryStatic or DiscoveryConsul.
+	Type string
+	// Peers are the addresses of the other nodes, for DiscoveryStatic. This
+	// node's own may be among them.
+	Peers []string
+}
+
+// Alone tells whether the node has nobody to look for.
+func (c *Config) Alone() bool {
+	return c.Discovery.Type == DiscoveryStatic && len(c.Discovery.Peers) == 0 && c.Cluster.BootstrapExpect == 1
+}
+
+// Consul is how to talk to the machine's Consul agent.
+type Consul struct {
+	// Address is host:port, or a URL.
+	Address string
+	// Token, or the file that holds it.
+	Token, TokenFile string
+	// CAFile, CertFile and KeyFile are for an agent that wants TLS.
+	CAFile, CertFile, KeyFile string
+	// Service is the name that nodes register under, and that clients look up.
+	Service string
+	// Tags are added to those that the node gives itself.
+	Tags []string
+}
+
+// Membership is how the leader treats nodes that come and go.
+type Membership struct {
+	// Stabilization is how long a new node must have been healthy before it
+	// becomes a voter.
+	Stabilization time.Duration
+	// LastContact is how long ago a healthy node was heard from at most.
+	LastContact time.Duration
+	// LeftAfter is how long a node must have been out of reach and out of the
+	// catalog before it may be replaced.
+	LeftAfter time.Duration
+	// DeadAfter is how long a node must have been out of reach, whatever the
+	// catalog says of it, before it may be replaced.
+	DeadAfter time.Duration
+	// CleanupDead removes such voters once others took their place.
+	CleanupDead bool
 }
 
 // Listener is where the node listens. Addresses are host:port.
@@ -69,6 +137,22 @@ const RecordFraming = 10
 type Log struct {
 	// SegmentSize is the size at which a new segment file is begun.
 	SegmentSize int64
+	// RetentionAge is how long records are kept at least; 0 for ever.
+	RetentionAge time.Duration
+	// RetentionBytes is how much of the log is kept; 0 all of it.
+	RetentionBytes int64
+	// ScrubInterval is how long the node takes to read all of the log again and
+	// check it.
+	ScrubInterval time.Duration
+}
+
+// Disk is what the node expects of the disk.
+type Disk struct {
+	// MinFree is how much must be free, or records are refused.
+	MinFree int64
+	// StallLimit is how long one write may take. A node whose disk takes longer
+	// gives up its part in the cluster. 0 means Raft's ElectionTimeout.
+	StallLimit time.Duration
 }
 
 // Raft is replication's pace.
@@ -106,10 +190,15 @@ func Dev() *Config {
 	return c
 }
 
-// forDev makes defaults those of a throw-away node. It has no peers whose
-// pauses it would have to be patient with, and its user waits for it.
+// forDev makes defaults those of a throw-away node.
 func (c *Config) forDev() {
 	c.Dev = true
+	c.hurry()
+}
+
+// hurry sets the pace of a node that is tried out: it has no peers whose pauses
+// it would have to be patient with, and its user waits for it.
+func (c *Config) hurry() {
 	c.Raft.HeartbeatTimeout = 100 * time.Millisecond
 	c.Raft.ElectionTimeout = 100 * time.Millisecond
 	c.Raft.LeaderLeaseTimeout = 100 * time.Millisecond
@@ -124,12 +213,23 @@ func defaults(h host) *Config {
 			MaxConnections: 4096,
 			MaxStreams:     4096,
 		},
-		Limits: Limits{MaxRecord: mib, MaxBatch: mib + 64*kib, InFlight: 64 * mib},
-		Log:    Log{SegmentSize: 64 * mib},
+		Limits:    Limits{MaxRecord: mib, MaxBatch: mib + 64*kib, InFlight: 64 * mib},
+		Cluster:   Cluster{Name: "diurna", BootstrapExpect: 1},
+		Discovery: Discovery{Type: DiscoveryStatic},
+		Consul:    Consul{Address: "127.0.0.1:8500", Service: "diurna"},
+		Membership: Membership{
+			Stabilization: 10 * time.Second,
+			LastContact:   time.Second,
+			LeftAfter:     10 * time.Minute,
+			DeadAfter:     24 * time.Hour,
+			CleanupDead:   true,
+		},
+		Log:  Log{SegmentSize: 64 * mib, ScrubInterval: 24 * time.Hour},
+		Disk: Disk{MinFree: 256 * mib},
 		Raft: Raft{
-			HeartbeatTimeout:   500 * time.Millisecond,
-			ElectionTimeout:    500 * time.Millisecond,
-			LeaderLeaseTimeout: 500 * time.Millisecond,
+			HeartbeatTimeout:   1500 * time.Millisecond,
+			ElectionTimeout:    1500 * time.Millisecond,
+			LeaderLeaseTimeout: time.Second,
 			CommitTimeout:      5 * time.Millisecond,
 			SnapshotInterval:   5 * time.Second,
 		},

@@ -160,6 +160,36 @@ log_level = "WARN"
 log_json = true
 shutdown_timeout = "1m30s"
 node { name = "n1" }
+cluster {
+  name = "orders"
+  bootstrap_expect = 3
+  zone = "eu-1"
+}
+discovery {
+  type = "static"
+  peers = ["10.0.0.1:8400", "10.0.0.2:8400"]
+}
+consul {
+  address = "https://127.0.0.1:8501"
+  token = "t"
+  token_file = "/t"
+  ca_file = "/ca"
+  cert_file = "/cert"
+  key_file = "/key"
+  service = "log"
+  tags = ["blue"]
+}
+membership {
+  stabilization = "1s"
+  last_contact = "2s"
+  left_after = "3m"
+  dead_after = "4h"
+  cleanup_dead = false
+}
+disk {
+  min_free = "0B"
+  stall_limit = "3s"
+}
 listener {
   rpc = "0.0.0.0:1"
   advertise = "log.example.com:2"
@@ -171,7 +201,12 @@ limits {
   max_batch = "6KiB"
   in_flight = "7GiB"
 }
-log { segment_size = "8MiB" }
+log {
+  segment_size = "8MiB"
+  retention_age = "48h"
+  retention_bytes = "9GiB"
+  scrub_interval = "13h"
+}
 raft {
   heartbeat_timeout = "1s"
   election_timeout = "2s"
@@ -185,10 +220,16 @@ raft {
 	}
 	want := &Config{
 		DataDir: "/data", LogLevel: "warn", LogJSON: true, ShutdownTimeout: 90 * time.Second,
-		Node:     Node{Name: "n1"},
-		Listener: Listener{RPC: "0.0.0.0:1", Advertise: "log.example.com:2", MaxConnections: 3, MaxStreams: 4},
-		Limits:   Limits{MaxRecord: 5, MaxBatch: 6 << 10, InFlight: 7 << 30},
-		Log:      Log{SegmentSize: 8 << 20},
+		Node:      Node{Name: "n1"},
+		Cluster:   Cluster{Name: "orders", BootstrapExpect: 3, Zone: "eu-1"},
+		Discovery: Discovery{Type: "static", Peers: []string{"10.0.0.1:8400", "10.0.0.2:8400"}},
+		Consul: Consul{Address: "https://127.0.0.1:8501", Token: "t", TokenFile: "/t", CAFile: "/ca", CertFile: "/cert", KeyFile: "/key",
+			Service: "log", Tags: []string{"blue"}},
+		Membership: Membership{Stabilization: time.Second, LastContact: 2 * time.Second, LeftAfter: 3 * time.Minute, DeadAfter: 4 * time.Hour},
+		Disk:       Disk{StallLimit: 3 * time.Second},
+		Listener:   Listener{RPC: "0.0.0.0:1", Advertise: "log.example.com:2", MaxConnections: 3, MaxStreams: 4},
+		Limits:     Limits{MaxRecord: 5, MaxBatch: 6 << 10, InFlight: 7 << 30},
+		Log:        Log{SegmentSize: 8 << 20, RetentionAge: 48 * time.Hour, RetentionBytes: 9 << 30, ScrubInterval: 13 * time.Hour},
 		Raft: Raft{HeartbeatTimeout: time.Second, ElectionTimeout: 2 * time.Second, LeaderLeaseTimeout: 900 * time.Millisecond,
 			CommitTimeout: 11 * time.Millisecond, SnapshotInterval: 12 * time.Second},
 	}
@@ -318,6 +359,25 @@ func TestFlags(t *testing.T) {
 	}
 }
 
+// A development node hurries only where it is alone.
+func TestDevPace(t *testing.T) {
+	for _, tc := range []struct {
+		overrides []Override
+		want      time.Duration
+	}{
+		{nil, 100 * time.Millisecond},
+		{[]Override{{Key: "cluster.bootstrap_expect", Value: "2"}, {Key: "discovery.peers", Value: "127.0.0.1:1"}}, 1500 * time.Millisecond},
+		{[]Override{{Key: "cluster.bootstrap_expect", Value: "3"}, {Key: "discovery.type", Value: "consul"}}, 1500 * time.Millisecond},
+		{[]Override{{Key: "cluster.bootstrap_expect", Value: "3"}, {Key: "discovery.type", Value: "consul"},
+			{Key: "raft.leader_lease_timeout", Value: "50ms"}, {Key: "raft.heartbeat_timeout", Value: "100ms"}}, 100 * time.Millisecond},
+	} {
+		c := mustLoad(t, Sources{Dev: true, Overrides: tc.overrides})
+		if c.Raft.HeartbeatTimeout != tc.want {
+			t.Errorf("%v: %v, want %v", tc.overrides, c.Raft.HeartbeatTimeout, tc.want)
+		}
+	}
+}
+
 func TestChanges(t *testing.T) {
 	a := defaults(testHost())
 	if got := Changes(a, a); got != nil {
@@ -326,12 +386,16 @@ func TestChanges(t *testing.T) {
 	b := *a
 	b.LogLevel, b.LogJSON, b.Listener.MaxStreams, b.Limits.MaxBatch = "trace", true, 7, 3*mib
 	b.Raft.HeartbeatTimeout = 50 * time.Millisecond
+	b.Consul.Token, b.Log.RetentionBytes, b.Discovery.Peers = "hush", mib, []string{"a:1", "b:2"}
 	want := []Change{
 		{"log_level", "info", "trace", true},
 		{"log_json", "false", "true", false},
+		{"discovery.peers", "", "a:1,b:2", false},
+		{"consul.token", "(secret)", "(another secret)", false},
 		{"listener.max_streams", "4096", "7", false},
 		{"limits.max_batch", "1088KiB", "3MiB", false},
-		{"raft.heartbeat_timeout", "500ms", "50ms", false},
+		{"log.retention_bytes", "0B", "1MiB", true},
+		{"raft.heartbeat_timeout", "1.5s", "50ms", false},
 	}
 	if got := Changes(a, &b); !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %v\nwant %v", got, want)

@@ -76,9 +76,21 @@ func TestBadInput(t *testing.T) {
 		"duration overflow": {"raft {\n commit_timeout = \"99999999999h\"\n}", "2", []string{"is not a duration"}},
 		"duration range":    {"shutdown_timeout = \"1h\"", "1", []string{"from 100ms up to 10m0s"}},
 		"duration infinite": {"shutdown_timeout = \"inf\"", "1", []string{"shutdown_timeout"}},
-		"election":          {"raft {\n election_timeout = \"100ms\"\n}", "2", []string{"raft.heartbeat_timeout (500ms) must be at most raft.election_timeout (100ms)"}},
-		"lease":             {"raft {\n leader_lease_timeout = \"501ms\"\n}", "2", []string{"raft.leader_lease_timeout (501ms) must be at most"}},
-		"commit":            {"raft {\n commit_timeout = \"600ms\"\n}", "2", []string{"raft.commit_timeout (600ms) must be at most"}},
+		"election":          {"raft {\n election_timeout = \"100ms\"\n}", "2", []string{"raft.heartbeat_timeout (1.5s) must be at most raft.election_timeout (100ms)"}},
+		"lease":             {"raft {\n leader_lease_timeout = \"1501ms\"\n}", "2", []string{"raft.leader_lease_timeout (1.501s) must be at most"}},
+		"commit":            {"raft {\n heartbeat_timeout = \"500ms\"\n leader_lease_timeout = \"500ms\"\n commit_timeout = \"600ms\"\n}", "4", []string{"raft.commit_timeout (600ms) must be at most"}},
+
+		"cluster name":       {"cluster {\n name = \"a b\"\n}", "2", []string{"cluster.name", "letters, digits"}},
+		"no peers":           {"cluster {\n bootstrap_expect = 3\n}", "2", []string{"names 0 other nodes"}},
+		"waits for nobody":   {"cluster {\n bootstrap_expect = 0\n}", "2", []string{"there is nobody to find"}},
+		"expect missing":     {"discovery {\n peers = [\"10.0.0.1:1\"]\n}", "2", []string{"Missing cluster.bootstrap_expect", "usually 3"}},
+		"expect for consul":  {"discovery {\n type = \"consul\"\n}", "2", []string{"Missing cluster.bootstrap_expect"}},
+		"peer":               {"discovery {\n peers = [\"10.0.0.1\"]\n}", "2", []string{"discovery.peers", "not the host:port"}},
+		"peers, text":        {"discovery {\n peers = 7\n}", "2", []string{"must be a list of strings"}},
+		"peers twice":        {"discovery {\n peers = [\"10.0.0.1:1\", \"10.0.0.1:1\"]\n}", "2", []string{"stands in it twice"}},
+		"peers empty":        {"discovery {\n peers = [\"\"]\n}", "2", []string{"is empty"}},
+		"peers and consul":   {"discovery {\n type = \"consul\"\n peers = [\"10.0.0.1:1\"]\n}", "3", []string{"Consul knows the peers"}},
+		"retention too soon": {"log {\n retention_age = \"1ms\"\n}", "2", []string{"log.retention_age", "out of range"}},
 
 		"address no port":     {`listener { rpc = "127.0.0.1" }`, "1", []string{"not host:port", `"127.0.0.1:8400"`}},
 		"address bare v6":     {`listener { rpc = "::1:8400" }`, "1", []string{"not host:port", `"[::1]:8400"`}},
@@ -110,7 +122,7 @@ func TestBadInput(t *testing.T) {
 			msg := err.Error()
 			// Files begin with an empty line, so that line 1 cannot pass by
 			// being the zero value.
-			place := "node.hcl:" + map[string]string{"1": "2", "2": "3", "3": "4"}[tc.line] + ": "
+			place := "node.hcl:" + map[string]string{"1": "2", "2": "3", "3": "4", "4": "5"}[tc.line] + ": "
 			want := tc.want
 			for i, w := range want {
 				if w == "node.hcl:1" {

@@ -2,6 +2,7 @@ package config
 
 import (
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -16,6 +17,7 @@ const (
 	kindSize                 // bytes, as "64MiB"
 	kindDuration             // as "500ms"
 	kindAddress              // host:port, a go-sockaddr template
+	kindList                 // of strings; by a flag, separated by commas
 )
 
 // key is one thing that can be configured.
@@ -24,8 +26,8 @@ type key struct {
 	// max_record of the block limits.
 	name string
 	kind kind
-	// field points to where a Config keeps it: *string, *bool, *int, *int64 or
-	// *time.Duration, as kind has it.
+	// field points to where a Config keeps it: *string, *[]string, *bool, *int,
+	// *int64 or *time.Duration, as kind has it.
 	field func(*Config) any
 	// min and max bound counts, sizes and durations (in nanoseconds).
 	min, max int64
@@ -35,6 +37,8 @@ type key struct {
 	empty bool
 	// live says that a running node applies a change at once.
 	live bool
+	// secret keeps the value out of logs.
+	secret bool
 }
 
 // keys is every key there is, in the order of config.hcl.
@@ -48,6 +52,28 @@ var keys = []key{
 
 	{name: "node.name", kind: kindText, field: func(c *Config) any { return &c.Node.Name }},
 
+	{name: "cluster.name", kind: kindText, field: func(c *Config) any { return &c.Cluster.Name }},
+	{name: "cluster.bootstrap_expect", kind: kindCount, min: 0, max: 9, field: func(c *Config) any { return &c.Cluster.BootstrapExpect }},
+	{name: "cluster.zone", kind: kindText, empty: true, field: func(c *Config) any { return &c.Cluster.Zone }},
+
+	{name: "discovery.type", kind: kindChoice, oneOf: []string{DiscoveryStatic, DiscoveryConsul}, field: func(c *Config) any { return &c.Discovery.Type }},
+	{name: "discovery.peers", kind: kindList, field: func(c *Config) any { return &c.Discovery.Peers }},
+
+	{name: "consul.address", kind: kindText, field: func(c *Config) any { return &c.Consul.Address }},
+	{name: "consul.token", kind: kindText, empty: true, secret: true, field: func(c *Config) any { return &c.Consul.Token }},
+	{name: "consul.token_file", kind: kindText, empty: true, field: func(c *Config) any { return &c.Consul.TokenFile }},
+	{name: "consul.ca_file", kind: kindText, empty: true, field: func(c *Config) any { return &c.Consul.CAFile }},
+	{name: "consul.cert_file", kind: kindText, empty: true, field: func(c *Config) any { return &c.Consul.CertFile }},
+	{name: "consul.key_file", kind: kindText, empty: true, field: func(c *Config) any { return &c.Consul.KeyFile }},
+	{name: "consul.service", kind: kindText, field: func(c *Config) any { return &c.Consul.Service }},
+	{name: "consul.tags", kind: kindList, field: func(c *Config) any { return &c.Consul.Tags }},
+
+	{name: "membership.stabilization", kind: kindDuration, min: millis(1), max: int64(time.Hour), field: func(c *Config) any { return &c.Membership.Stabilization }},
+	{name: "membership.last_contact", kind: kindDuration, min: millis(10), max: int64(time.Hour), field: func(c *Config) any { return &c.Membership.LastContact }},
+	{name: "membership.left_after", kind: kindDuration, min: millis(1), max: int64(365 * 24 * time.Hour), field: func(c *Config) any { return &c.Membership.LeftAfter }},
+	{name: "membership.dead_after", kind: kindDuration, min: millis(1), max: int64(365 * 24 * time.Hour), field: func(c *Config) any { return &c.Membership.DeadAfter }},
+	{name: "membership.cleanup_dead", kind: kindFlag, field: func(c *Config) any { return &c.Membership.CleanupDead }},
+
 	{name: "listener.rpc", kind: kindAddress, field: func(c *Config) any { return &c.Listener.RPC }},
 	{name: "listener.advertise", kind: kindAddress, empty: true, field: func(c *Config) any { return &c.Listener.Advertise }},
 	{name: "listener.max_connections", kind: kindCount, min: 1, max: 1 << 20, field: func(c *Config) any { return &c.Listener.MaxConnections }},
@@ -60,6 +86,12 @@ var keys = []key{
 	{name: "limits.in_flight", kind: kindSize, min: 1, max: 64 * gib, field: func(c *Config) any { return &c.Limits.InFlight }},
 
 	{name: "log.segment_size", kind: kindSize, min: mib, max: gib, field: func(c *Config) any { return &c.Log.SegmentSize }},
+	{name: "log.retention_age", kind: kindDuration, empty: true, live: true, min: millis(1000), max: int64(100 * 365 * 24 * time.Hour), field: func(c *Config) any { return &c.Log.RetentionAge }},
+	{name: "log.retention_bytes", kind: kindSize, empty: true, live: true, min: mib, max: 1 << 60, field: func(c *Config) any { return &c.Log.RetentionBytes }},
+	{name: "log.scrub_interval", kind: kindDuration, min: millis(1000), max: int64(365 * 24 * time.Hour), field: func(c *Config) any { return &c.Log.ScrubInterval }},
+
+	{name: "disk.min_free", kind: kindSize, min: 0, max: 1 << 60, field: func(c *Config) any { return &c.Disk.MinFree }},
+	{name: "disk.stall_limit", kind: kindDuration, empty: true, min: millis(20), max: int64(10 * time.Minute), field: func(c *Config) any { return &c.Disk.StallLimit }},
 
 	{name: "raft.heartbeat_timeout", kind: kindDuration, min: millis(20), max: int64(time.Minute), field: func(c *Config) any { return &c.Raft.HeartbeatTimeout }},
 	{name: "raft.election_timeout", kind: kindDuration, min: millis(20), max: int64(time.Minute), field: func(c *Config) any { return &c.Raft.ElectionTimeout }},
@@ -75,6 +107,8 @@ func (k key) format(c *Config) string {
 	switch v := k.field(c).(type) {
 	case *string:
 		return *v
+	case *[]string:
+		return strings.Join(*v, ",")
 	case *bool:
 		return strconv.FormatBool(*v)
 	case *int:
@@ -105,6 +139,9 @@ func Changes(old, new *Config) []Change {
 	var out []Change
 	for _, k := range keys {
 		if was, is := k.format(old), k.format(new); was != is {
+			if k.secret {
+				was, is = "(secret)", "(another secret)"
+			}
 			out = append(out, Change{Key: k.name, Old: was, New: is, Live: k.live})
 		}
 	}

@@ -57,6 +57,10 @@ func (s *Sources) Register(fs *flag.FlagSet) {
 		{"data-dir", "data_dir", "keep the node's data in this `folder`"},
 		{"node", "node.name", "the node's `name`"},
 		{"rpc-addr", "listener.rpc", "listen at this `host:port` for clients and peers"},
+		{"bootstrap-expect", "cluster.bootstrap_expect", "form a cluster with this `number` of nodes, this one included"},
+		{"peers", "discovery.peers", "find the other nodes at these addresses (`host:port,...`)"},
+		{"discovery", "discovery.type", "find the other nodes by this `type`: static or consul"},
+		{"consul-addr", "consul.address", "the machine's Consul agent is at this `host:port`"},
 		{"log-level", "log_level", "log this `level` and worse: trace, debug, info, warn or error"},
 	} {
 		fs.Func(f.name, f.usage, override(f.name, f.key))

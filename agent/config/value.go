@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/zclconf/go-cty/cty"
 	"github.com/zclconf/go-cty/cty/convert"
@@ -39,6 +40,13 @@ func (k key) put(c *Config, v cty.Value, h host) error {
 			return err
 		}
 		*k.field(c).(*int) = n
+		return nil
+	case kindList:
+		list, err := k.list(v)
+		if err != nil {
+			return err
+		}
+		*k.field(c).(*[]string) = list
 		return nil
 	}
 
@@ -94,6 +102,39 @@ func (k key) put(c *Config, v cty.Value, h host) error {
 		*k.field(c).(*string) = addr
 	}
 	return nil
+}
+
+// list reads ["a", "b"], or "a,b", which is how a flag gives it.
+func (k key) list(v cty.Value) ([]string, error) {
+	var list []string
+	if v.Type() == cty.String {
+		list = strings.Split(v.AsString(), ",")
+		if v.AsString() == "" {
+			return nil, nil
+		}
+	} else {
+		lv, err := convert.Convert(v, cty.List(cty.String))
+		if err != nil {
+			return nil, invalid(`It must be a list of strings, such as ["a", "b"].`)
+		}
+		for _, e := range lv.AsValueSlice() {
+			if e.IsNull() {
+				return nil, invalid("An element must not be null.")
+			}
+			list = append(list, e.AsString())
+		}
+	}
+	for i, s := range list {
+		s = strings.TrimSpace(s)
+		if s == "" || strings.ContainsFunc(s, unicode.IsControl) {
+			return nil, invalid("Element %d (%q) is empty or holds a control character.", i+1, s)
+		}
+		if slices.Contains(list[:i], s) {
+			return nil, invalid("%q stands in it twice.", s)
+		}
+		list[i] = s
+	}
+	return list, nil
 }
 
 func (k key) count(v cty.Value) (int, error) {
