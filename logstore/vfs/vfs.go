@@ -29,7 +29,8 @@ type FS interface {
 	Open(name string) (File, error)
 	// OpenReadWrite opens an existing file for reading and writing.
 	OpenReadWrite(name string) (File, error)
-	// Remove deletes a file. Files that are open stay readable.
+	// Remove deletes a file, or an empty directory. Files that are open stay
+	// readable.
 	Remove(name string) error
 	// Rename moves a file, atomically replacing newname if it exists.
 	Rename(oldname, newname string) error

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 
 	"github.com/diurnalog/diurna/logstore/vfs"
@@ -211,6 +212,27 @@ func TestRemove(t *testing.T) {
 		}
 		if got := content(t, f); got != "Jello" {
 			t.Errorf("the old file reads %q", got)
+		}
+	})
+}
+
+func TestRemoveAll(t *testing.T) {
+	eachFS(t, func(t *testing.T, fsys vfs.FS, dir string) {
+		tree := filepath.Join(dir, "tree")
+		must(t, fsys.MkdirAll(filepath.Join(tree, "a", "b")))
+		must(t, fsys.MkdirAll(filepath.Join(tree, "empty")))
+		put(t, fsys, filepath.Join(tree, "a", "b", "x"), "1")
+		put(t, fsys, filepath.Join(tree, "y"), "2")
+		wantErr(t, fsys.Remove(filepath.Join(tree, "a")), syscall.ENOTEMPTY)
+		must(t, vfs.RemoveAll(fsys, tree))
+		if _, err := fsys.List(tree); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("still there: %v", err)
+		}
+		must(t, vfs.RemoveAll(fsys, tree))
+		file := put(t, fsys, filepath.Join(dir, "file"), "3")
+		must(t, vfs.RemoveAll(fsys, file))
+		if _, err := fsys.Open(file); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("still there: %v", err)
 		}
 	})
 }

@@ -25,6 +25,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/diurnalog/diurna/logstore/vfs"
 )
@@ -140,6 +141,10 @@ func (m *Mem) CrashClone(rng *rand.Rand, survive Survival) *Mem {
 		n := &node{data: data, synced: slices.Clone(data), dirty: map[int64]bool{}}
 		c.live[name] = n
 		c.durable[name] = n
+		// Names that came back bring back the directories that they are in.
+		for d := path.Dir(name); !c.dirs[d]; d = path.Dir(d) {
+			c.dirs[d] = true
+		}
 	}
 	return c
 }
@@ -278,11 +283,31 @@ func (m *Mem) Remove(name string) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.dirs[name] {
+		return m.removeDir(name)
+	}
 	if m.live[name] == nil {
 		return notExist("remove", name)
 	}
 	delete(m.live, name)
 	m.pending = append(m.pending, nameOp{kind: "remove", old: name})
+	return nil
+}
+
+// removeDir removes an empty directory; a crash does not bring it back. Called
+// with mu held.
+func (m *Mem) removeDir(name string) error {
+	for other := range m.live {
+		if path.Dir(other) == name {
+			return &fs.PathError{Op: "remove", Path: name, Err: syscall.ENOTEMPTY}
+		}
+	}
+	for other := range m.dirs {
+		if other != name && path.Dir(other) == name {
+			return &fs.PathError{Op: "remove", Path: name, Err: syscall.ENOTEMPTY}
+		}
+	}
+	delete(m.dirs, name)
 	return nil
 }
 
