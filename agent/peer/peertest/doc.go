@@ -1,0 +1,2 @@
+// Package peertest is a faulty network in memory.
+package peertest
