@@ -176,13 +176,14 @@ func (f *flow) arrive(p packet) {
 	to.readers.Broadcast()
 }
 
-// stop ends the flow's timer, and drops what is under way.
+// stop ends the flow's timer, and drops what is under way. What has arrived can
+// still be read.
 func (f *flow) stop() {
 	if f.timer != nil {
 		f.timer.Stop()
 		f.timer = nil
 	}
-	f.sent, f.ready = nil, nil
+	f.sent = nil
 }
 
 // conn is one side of a connection.
