@@ -1,4 +1,4 @@
-package peertest_test
+package peertest
 
 import (
 	"context"
@@ -15,14 +15,13 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/diurnalog/diurna/agent/peer"
-	"github.com/diurnalog/diurna/agent/peer/peertest"
 )
 
 // TestGRPC runs gRPC over the network and a Port for an hour that passes at
 // once: calls, a stream, a partition that keep-alive has to notice, a crash.
 func TestGRPC(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
-		n.SetLinks(peertest.Link{Delay: 5 * time.Millisecond, Jitter: 5 * time.Millisecond})
+	bubble(t, func(t *testing.T, n *Net) {
+		n.SetLinks(Link{Delay: 5 * time.Millisecond, Jitter: 5 * time.Millisecond})
 		stop := serveHealth(t, n)
 		defer func() { stop() }()
 
@@ -83,7 +82,7 @@ func TestGRPC(t *testing.T) {
 }
 
 // serveHealth serves the health service at server:8400, behind a Port.
-func serveHealth(t *testing.T, n *peertest.Net) (stop func()) {
+func serveHealth(t *testing.T, n *Net) (stop func()) {
 	t.Helper()
 	l, err := n.Host("server").Listen(":8400")
 	if err != nil {

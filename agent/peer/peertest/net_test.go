@@ -1,4 +1,4 @@
-package peertest_test
+package peertest
 
 import (
 	"bytes"
@@ -15,24 +15,23 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/net/nettest"
 
-	"github.com/diurnalog/diurna/agent/peer/peertest"
 	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // bubble runs a test in a bubble, on a network that it closes at the end.
-func bubble(t *testing.T, f func(t *testing.T, n *peertest.Net)) {
+func bubble(t *testing.T, f func(t *testing.T, n *Net)) {
 	t.Helper()
 	rng := vfstest.Rand(t)
 	synctest.Test(t, func(t *testing.T) {
-		n := peertest.New(rng)
+		n := New(rng)
 		defer n.Close()
 		f(t, n)
 	})
 }
 
-func listen(t *testing.T, n *peertest.Net, host, address string) net.Listener {
+func listen(t *testing.T, n *Net, host, address string) net.Listener {
 	t.Helper()
 	l, err := n.Host(host).Listen(address)
 	if err != nil {
@@ -42,7 +41,7 @@ func listen(t *testing.T, n *peertest.Net, host, address string) net.Listener {
 }
 
 // connect returns a connection from a to b, both sides of it.
-func connect(t *testing.T, n *peertest.Net, a, b string) (from, to net.Conn) {
+func connect(t *testing.T, n *Net, a, b string) (from, to net.Conn) {
 	t.Helper()
 	l := listen(t, n, b, ":0")
 	defer l.Close()
@@ -106,7 +105,7 @@ func silent(t *testing.T, c net.Conn, d time.Duration) {
 // TestConn holds the connections to what every net.Conn has to do.
 func TestConn(t *testing.T) {
 	nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
-		n := peertest.New(vfstest.Rand(t))
+		n := New(vfstest.Rand(t))
 		l, err := n.Host("b").Listen(":0")
 		if err != nil {
 			return nil, nil, nil, err
@@ -121,7 +120,7 @@ func TestConn(t *testing.T) {
 }
 
 func TestAddresses(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		l := listen(t, n, "a", "a:8400")
 		if got := l.Addr().String(); got != "a:8400" || l.Addr().Network() != "tcp" {
 			t.Errorf("listens at %s %s", l.Addr().Network(), got)
@@ -163,7 +162,7 @@ func TestAddresses(t *testing.T) {
 }
 
 func TestStream(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		a, b := connect(t, n, "a", "b")
 		write(t, a, "there")
 		write(t, b, "back")
@@ -191,7 +190,7 @@ func TestStream(t *testing.T) {
 // TestCloseUnread: what was sent to a side that closes without having read it
 // breaks the connection, it is not silently gone.
 func TestCloseUnread(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		a, b := connect(t, n, "a", "b")
 		write(t, a, "unread")
 		synctest.Wait()
@@ -201,7 +200,7 @@ func TestCloseUnread(t *testing.T) {
 }
 
 func TestFullWindowBlocks(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		a, b := connect(t, n, "a", "b")
 		big := make([]byte, 1<<20)
 		for i := range big {
@@ -234,8 +233,8 @@ func TestFullWindowBlocks(t *testing.T) {
 }
 
 func TestDelayKeepsOrder(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
-		n.SetLink("a", "b", peertest.Link{Delay: 100 * time.Millisecond})
+	bubble(t, func(t *testing.T, n *Net) {
+		n.SetLink("a", "b", Link{Delay: 100 * time.Millisecond})
 		begin := time.Now()
 		a, b := connect(t, n, "a", "b")
 		if got := time.Since(begin); got != 100*time.Millisecond {
@@ -247,8 +246,8 @@ func TestDelayKeepsOrder(t *testing.T) {
 		expectAt(t, a, "y", begin, 0)
 		expectAt(t, b, "x", begin, 100*time.Millisecond)
 
-		n.SetLinks(peertest.Link{Jitter: time.Second})
-		n.SetLink("a", "b", peertest.Link{Delay: time.Millisecond, Jitter: time.Second})
+		n.SetLinks(Link{Jitter: time.Second})
+		n.SetLink("a", "b", Link{Delay: time.Millisecond, Jitter: time.Second})
 		var want, got []byte
 		for i := range 200 {
 			want = append(want, byte(i))
@@ -267,10 +266,10 @@ func TestDelayKeepsOrder(t *testing.T) {
 }
 
 func TestBandwidth(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		a, b := connect(t, n, "a", "b")
 		a2, b2 := connect(t, n, "a", "b")
-		n.SetLink("a", "b", peertest.Link{BytesPerSecond: 1000})
+		n.SetLink("a", "b", Link{BytesPerSecond: 1000})
 		begin := time.Now()
 		write(t, a, string(make([]byte, 5000)))
 		write(t, a2, string(make([]byte, 5000)))
@@ -281,7 +280,7 @@ func TestBandwidth(t *testing.T) {
 
 // TestBlock: one direction stands still and goes on where it was.
 func TestBlock(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		a, b := connect(t, n, "a", "b")
 		n.Block("a", "b")
 		write(t, a, "held")
@@ -297,7 +296,7 @@ func TestBlock(t *testing.T) {
 }
 
 func TestOneWay(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		a, b := connect(t, n, "a", "b")
 		n.OneWay("a", "b")
 		write(t, a, "x")
@@ -319,14 +318,14 @@ func TestOneWay(t *testing.T) {
 // TestPatience: a connection does not outlive a long cut, whichever way it is
 // cut and whether or not anything was sent.
 func TestPatience(t *testing.T) {
-	for name, cut := range map[string]func(n *peertest.Net){
-		"blocked there": func(n *peertest.Net) { n.Block("a", "b") },
-		"blocked back":  func(n *peertest.Net) { n.Block("b", "a") },
-		"isolated":      func(n *peertest.Net) { n.Isolate("b") },
-		"paused":        func(n *peertest.Net) { n.Pause("a") },
+	for name, cut := range map[string]func(n *Net){
+		"blocked there": func(n *Net) { n.Block("a", "b") },
+		"blocked back":  func(n *Net) { n.Block("b", "a") },
+		"isolated":      func(n *Net) { n.Isolate("b") },
+		"paused":        func(n *Net) { n.Pause("a") },
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(t *testing.T, n *peertest.Net) {
+			bubble(t, func(t *testing.T, n *Net) {
 				a, b := connect(t, n, "a", "b")
 				cut(n)
 				time.Sleep(29 * time.Second)
@@ -347,7 +346,7 @@ func TestPatience(t *testing.T) {
 			})
 		})
 	}
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		n.SetPatience(0)
 		a, b := connect(t, n, "a", "b")
 		n.Block("a", "b")
@@ -359,7 +358,7 @@ func TestPatience(t *testing.T) {
 }
 
 func TestResetOnHeal(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		n.SetResetOnHeal(0.5)
 		const total = 100
 		var froms []net.Conn
@@ -382,7 +381,7 @@ func TestResetOnHeal(t *testing.T) {
 }
 
 func TestDialWhileCut(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		l := listen(t, n, "b", ":0")
 		for name, cut := range map[string]func(){
 			"there":    func() { n.Block("a", "b") },
@@ -416,7 +415,7 @@ func TestDialWhileCut(t *testing.T) {
 }
 
 func TestPartition(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		reach := func(want string, hosts ...string) {
 			t.Helper()
 			var got []byte
@@ -456,8 +455,8 @@ func TestPartition(t *testing.T) {
 }
 
 func TestSelfIsNeverCut(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
-		n.SetLinks(peertest.Link{Delay: time.Hour, Reset: 1})
+	bubble(t, func(t *testing.T, n *Net) {
+		n.SetLinks(Link{Delay: time.Hour, Reset: 1})
 		n.Isolate("a")
 		n.Pause("a")
 		a, b := connect(t, n, "a", "a")
@@ -468,7 +467,7 @@ func TestSelfIsNeverCut(t *testing.T) {
 
 // TestPause: nothing is lost when it does not take too long.
 func TestPause(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		a, b := connect(t, n, "a", "b")
 		n.Pause("b")
 		write(t, a, "x")
@@ -484,8 +483,8 @@ func TestPause(t *testing.T) {
 // TestWriteResets: a broken connection delivers a prefix of what was written,
 // and the writer may think that all is well.
 func TestWriteResets(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
-		n.SetLink("a", "b", peertest.Link{Reset: 0.3, Delay: time.Millisecond})
+	bubble(t, func(t *testing.T, n *Net) {
+		n.SetLink("a", "b", Link{Reset: 0.3, Delay: time.Millisecond})
 		const total = 400
 		var unknown, lost, arrived, delivered int
 		for range total {
@@ -526,7 +525,7 @@ func TestWriteResets(t *testing.T) {
 }
 
 func TestResetAndCrash(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		a, b := connect(t, n, "a", "b")
 		b2, c := connect(t, n, "b", "c")
 		d, e := connect(t, n, "a", "c")
@@ -566,7 +565,7 @@ func TestResetAndCrash(t *testing.T) {
 }
 
 func TestRefuse(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		l := listen(t, n, "b", ":0")
 		n.Refuse("b", true)
 		if _, err := n.Host("a").Dial(t.Context(), l.Addr().String()); !errors.Is(err, syscall.ECONNREFUSED) {
@@ -581,7 +580,7 @@ func TestRefuse(t *testing.T) {
 
 // TestFullBacklog: dialling waits for somebody to accept.
 func TestFullBacklog(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		l := listen(t, n, "b", ":0")
 		dial := func() error {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
@@ -610,7 +609,7 @@ func TestFullBacklog(t *testing.T) {
 
 // TestCloseEndsEverything: whoever waits on the network is let go.
 func TestCloseEndsEverything(t *testing.T) {
-	bubble(t, func(t *testing.T, n *peertest.Net) {
+	bubble(t, func(t *testing.T, n *Net) {
 		a, b := connect(t, n, "a", "b")
 		l := listen(t, n, "b", ":0")
 		n.Isolate("c")
@@ -640,8 +639,8 @@ func TestCloseEndsEverything(t *testing.T) {
 func TestSameSeed(t *testing.T) {
 	t.Setenv("DIURNA_SEED", "7")
 	run := func() (log []byte) {
-		bubble(t, func(t *testing.T, n *peertest.Net) {
-			n.SetLinks(peertest.Link{Jitter: time.Second, Reset: 0.05})
+		bubble(t, func(t *testing.T, n *Net) {
+			n.SetLinks(Link{Jitter: time.Second, Reset: 0.05})
 			begin := time.Now()
 			for range 50 {
 				a, b := connect(t, n, "a", "b")
