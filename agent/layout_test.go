@@ -32,10 +32,11 @@ type room struct {
 
 var rooms = []room{
 	{dir: ".", may: []string{"agent", "rpc/cli"}},
-	{dir: "agent", may: []string{"agent/config", "agent/identity", "logstore", "logstore/vfs", "logstore/replica", "rpc", "rpc/v1", "rpc/client", "discovery", "discovery/consul", "rpc/cli/flags"},
+	{dir: "agent", may: []string{"agent/config", "agent/identity", "agent/peer", "logstore", "logstore/vfs", "logstore/replica", "rpc", "rpc/v1", "rpc/client", "discovery", "discovery/consul", "rpc/cli/flags"},
 		testsMay: []string{"rpc/cli"}},
 	{dir: "agent/config"},
 	{dir: "agent/identity", may: []string{"agent/config"}},
+	{dir: "agent/peer", may: []string{"logstore/vfs"}},
 	{dir: "logstore", may: []string{"logstore/vfs"}},
 	{dir: "logstore/vfs"},
 	{dir: "logstore/replica", may: []string{"logstore", "logstore/vfs"}},
@@ -66,7 +67,7 @@ var fences = []struct {
 	{"github.com/hashicorp/raft-autopilot", []string{"logstore/replica"}},
 	{"go.etcd.io/bbolt", []string{"logstore/replica"}},
 	{"github.com/tysonmote/gommap", []string{"logstore/vfs"}},
-	{"google.golang.org/grpc", []string{"agent", "agent/identity", "rpc", "rpc/v1", "rpc/client", "rpc/cli"}},
+	{"google.golang.org/grpc", []string{"agent", "agent/identity", "agent/peer", "rpc", "rpc/v1", "rpc/client", "rpc/cli"}},
 	{"github.com/hashicorp/hcl", []string{"agent/config"}},
 	{"github.com/zclconf/go-cty", []string{"agent/config"}},
 	{"github.com/hashicorp/cli", []string{".", "agent", "rpc/cli"}},
