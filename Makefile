@@ -42,15 +42,15 @@ run: build ## Build, then run one development node (ARGS="-data-dir ...")
 	bin/diurna agent -dev $(ARGS)
 
 .PHONY: test
-test: vet proto-check ## Vet, check that generated code is fresh, run all tests
+test: vet proto-check consul ## Vet, check that generated code is fresh, run all tests
 	$(GO) test -timeout 15m $(PKG)
 
 .PHONY: race
-race: ## Run all tests with the race detector (needs a C compiler)
+race: consul ## Run all tests with the race detector (needs a C compiler)
 	CGO_ENABLED=1 $(GO) test -race -timeout 30m $(PKG)
 
 .PHONY: soak
-soak: ## Run the same tests for hours: more crashes, bit flips and kills
+soak: consul ## Run the same tests for hours: more crashes, bit flips and kills
 	DIURNA_SOAK=1 DIURNA_CRASH_POINTS=$(DIURNA_CRASH_POINTS) DIURNA_FLIPS=$(DIURNA_FLIPS) DIURNA_KILLS=$(DIURNA_KILLS) \
 		$(GO) test -count=1 -timeout 12h $(PKG)
 
@@ -104,6 +104,12 @@ $(TOOLS)/protoc-gen-go-$(PROTOC_GEN_GO_VERSION):
 	$(call install,protoc-gen-go,google.golang.org/protobuf/cmd/protoc-gen-go@$(PROTOC_GEN_GO_VERSION))
 $(TOOLS)/protoc-gen-go-grpc-$(PROTOC_GEN_GO_GRPC_VERSION):
 	$(call install,protoc-gen-go-grpc,google.golang.org/grpc/cmd/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSION))
+
+# Tests run against a real Consul. The script knows the version and builds only
+# where there is none; its stamp is like the others'.
+.PHONY: consul
+consul: ## Have a consul for tests: the one on the PATH, or one built into .tools
+	@path=$$(GO='$(GO)' scripts/consul.sh) && echo "consul: $$path"
 
 define install
 @echo "==> building $(2)"
