@@ -27,6 +27,12 @@ type Action string
 const (
 	ActionProduce Action = "produce"
 	ActionConsume Action = "consume"
+	// ActionAdmin is every call of the service Admin, ActionPeer every call of
+	// the service Peer, which only nodes of the cluster should be allowed.
+	// Both are asked for DefaultLog. A node that passes an Admin call on makes
+	// it in its own name: nodes need ActionAdmin too.
+	ActionAdmin Action = "admin"
+	ActionPeer  Action = "peer"
 )
 
 // Config says what a Service serves and how. Log and Cluster are required.
@@ -35,6 +41,15 @@ type Config struct {
 	Log Log
 	// Cluster answers GetServers.
 	Cluster Cluster
+	// Admin, if set, is what the service Admin does; without it there is none.
+	Admin Admin
+	// Peer, if set, is what the service Peer tells other nodes; without it
+	// there is none.
+	Peer Peer
+	// Forward, if set, takes what this node cannot do because it does not lead
+	// to the leader: batches to append, linearizable reads, Admin calls. It
+	// needs Peer. Whoever made it closes it, after Shutdown.
+	Forward *Forwarder
 	// Limits bound what clients can use; zero values mean defaults.
 	Limits Limits
 	// Authorize, if set, is asked before a call touches the named log: once
