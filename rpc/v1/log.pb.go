@@ -930,12 +930,12 @@ const file_v1_log_proto_rawDesc = "" +
 	"baseOffset\x12;\n" +
 	"\vappend_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"appendTime\x12+\n" +
-	"\arecords\x18\x0f \x03(\v2\x11.diurna.v1.RecordR\arecords\"\x91\x01\n" +
+	"\arecords\x18\x0f \x03(\v2\x11.diurna.v1.RecordR\arecords\"\x9d\x01\n" +
 	"\x0eProduceRequest\x12\x10\n" +
 	"\x03log\x18\x01 \x01(\tR\x03log\x12,\n" +
 	"\x0fexpected_offset\x18\x02 \x01(\x04H\x00R\x0eexpectedOffset\x88\x01\x01\x12+\n" +
 	"\arecords\x18\x0f \x03(\v2\x11.diurna.v1.RecordR\arecordsB\x12\n" +
-	"\x10_expected_offset\"\x90\x01\n" +
+	"\x10_expected_offsetJ\x04\b\r\x10\x0eJ\x04\b\x0e\x10\x0f\"\x90\x01\n" +
 	"\x0fProduceResponse\x12\x1f\n" +
 	"\vbase_offset\x18\x01 \x01(\x04R\n" +
 	"baseOffset\x12\x1f\n" +

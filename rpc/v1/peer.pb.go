@@ -368,16 +368,17 @@ func (x *ReadIndexResponse) GetIndex() uint64 {
 	return 0
 }
 
-// ProposeRequest is one batch. Log, expected_offset and records have the
-// numbers and the meaning that they have in ProduceRequest.
+// ProposeRequest is one batch: a ProduceRequest with two fields more, so that
+// the records' bytes pass through as they are.
 type ProposeRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Log            string                 `protobuf:"bytes,1,opt,name=log,proto3" json:"log,omitempty"`
 	ExpectedOffset *uint64                `protobuf:"varint,2,opt,name=expected_offset,json=expectedOffset,proto3,oneof" json:"expected_offset,omitempty"`
-	// The position of the request on the stream, from 0.
-	Sequence uint64 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// The position of the request on the stream, from 0. Comes before the
+	// records.
+	Sequence uint64 `protobuf:"varint,13,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	// As in ReadIndexRequest; in the first request of a stream.
-	ClusterId     string    `protobuf:"bytes,4,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	ClusterId     string    `protobuf:"bytes,14,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	Records       []*Record `protobuf:"bytes,15,rep,name=records,proto3" json:"records,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -645,9 +646,9 @@ const file_v1_peer_proto_rawDesc = "" +
 	"\x0eProposeRequest\x12\x10\n" +
 	"\x03log\x18\x01 \x01(\tR\x03log\x12,\n" +
 	"\x0fexpected_offset\x18\x02 \x01(\x04H\x00R\x0eexpectedOffset\x88\x01\x01\x12\x1a\n" +
-	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x1d\n" +
+	"\bsequence\x18\r \x01(\x04R\bsequence\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\x04 \x01(\tR\tclusterId\x12+\n" +
+	"cluster_id\x18\x0e \x01(\tR\tclusterId\x12+\n" +
 	"\arecords\x18\x0f \x03(\v2\x11.diurna.v1.RecordR\arecordsB\x12\n" +
 	"\x10_expected_offset\"\xa3\x01\n" +
 	"\x0fProposeResponse\x12\x1a\n" +
