@@ -14,13 +14,13 @@ import (
 // pool.
 type rawRequest struct{ data []byte }
 
-// rawResponse is a response in wire form. Sending it gives the references to
-// its buffers away.
+// rawResponse is a message to send, usually a response, in wire form. Sending
+// it gives the references to its buffers away.
 type rawResponse struct{ data mem.BufferSlice }
 
 // String keeps tracers, which may format messages long after they were sent,
 // off buffers that have gone back to their pool.
-func (*rawResponse) String() string { return "response in wire form" }
+func (*rawResponse) String() string { return "message in wire form" }
 func (*rawRequest) String() string  { return "request in wire form" }
 
 // codec is gRPC's "proto" with a way around it for messages that are to be

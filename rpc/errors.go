@@ -17,6 +17,8 @@ var (
 	ErrOverloaded = errors.New("too much in flight")
 	// ErrClosed: the log is shutting down.
 	ErrClosed = errors.New("log is closed")
+	// ErrDiskFull: there is no room on the leader's disk. Reads go on.
+	ErrDiskFull = errors.New("the disk is full")
 )
 
 // OffsetOutOfRangeError: a read outside of what is kept.
@@ -93,3 +95,45 @@ type DeniedError struct{ Subject, Object, Action string }
 func (e *DeniedError) Error() string {
 	return fmt.Sprintf("%q may not %s log %q", e.Subject, e.Action, e.Object)
 }
+
+// QuorumError: a change to the cluster's configuration was refused, because
+// what it leaves behind could not agree on anything.
+type QuorumError struct {
+	// Voters is how many voters there would be, Healthy how many of them are
+	// there now.
+	Voters, Healthy int
+}
+
+func (e *QuorumError) Error() string {
+	return fmt.Sprintf("the quorum would be lost: of %d voters that would be left, only %d are healthy", e.Voters, e.Healthy)
+}
+
+// UnknownServerError: there is no server of this id in the configuration.
+type UnknownServerError struct{ ID string }
+
+func (e *UnknownServerError) Error() string {
+	return fmt.Sprintf("there is no server %q in the cluster", e.ID)
+}
+
+// NotVoterError: the server is not a voter, and what was asked for takes one.
+type NotVoterError struct{ ID string }
+
+func (e *NotVoterError) Error() string { return fmt.Sprintf("server %q is not a voter", e.ID) }
+
+// ForeignClusterError: a node of one cluster was asked in the name of another.
+type ForeignClusterError struct{ Ours, Theirs string }
+
+func (e *ForeignClusterError) Error() string {
+	return fmt.Sprintf("this node belongs to cluster %s, not to %s", e.Ours, e.Theirs)
+}
+
+// UnknownChangeError: a change to the cluster was begun and its outcome is not
+// known. It is an ErrUnknownOutcome.
+type UnknownChangeError struct{ Cause error }
+
+func (e *UnknownChangeError) Error() string {
+	return fmt.Sprintf("outcome unknown: the change may or may not have been made: %v", e.Cause)
+}
+
+// Is implements errors.Is.
+func (e *UnknownChangeError) Is(target error) bool { return target == ErrUnknownOutcome }

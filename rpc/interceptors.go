@@ -14,7 +14,8 @@ import (
 )
 
 var (
-	ownPrefix    = "/" + v1.Log_ServiceDesc.ServiceName + "/"
+	logPrefix    = "/" + v1.Log_ServiceDesc.ServiceName + "/"
+	peerPrefix   = "/" + v1.Peer_ServiceDesc.ServiceName + "/"
 	healthPrefix = "/" + healthpb.Health_ServiceDesc.ServiceName + "/"
 )
 
@@ -43,11 +44,11 @@ func (s *Service) streaming(srv any, stream grpc.ServerStream, info *grpc.Stream
 		}
 		err = statusOf(err)
 	}()
-	if !strings.HasPrefix(info.FullMethod, ownPrefix) {
+	if !strings.HasPrefix(info.FullMethod, logPrefix) && !strings.HasPrefix(info.FullMethod, peerPrefix) {
 		return s.foreign(srv, stream, info, handler)
 	}
 	if err := s.calls.begin(); err != nil {
-		return err
+		return statusWith(err, map[string]string{MetaRequest: "0"}) // of those sent already, none was taken
 	}
 	defer s.calls.end()
 	return handler(srv, stream)

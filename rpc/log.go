@@ -125,4 +125,14 @@ type Server struct {
 	FirstOffset   uint64
 	HighWatermark uint64
 	Version       string
+	// Healthy is whether the leader finds that the node keeps up; nil where
+	// that is not known. StableSince is since when it is what it is.
+	Healthy     *bool
+	StableSince time.Time
+	// State is what the node says of its own membership: see NodeStatus.State.
+	State string
+	// CatalogAddress is where the discovery says that the node is.
+	CatalogAddress string
+	// Build is what the node's program was built from.
+	Build string
 }

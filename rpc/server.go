@@ -27,6 +27,12 @@ type Action string
 const (
 	ActionProduce Action = "produce"
 	ActionConsume Action = "consume"
+	// ActionAdmin is every call of the service Admin, ActionPeer every call of
+	// the service Peer, which only nodes of the cluster should be allowed.
+	// Both are asked for DefaultLog. A node that passes an Admin call on makes
+	// it in its own name: nodes need ActionAdmin too.
+	ActionAdmin Action = "admin"
+	ActionPeer  Action = "peer"
 )
 
 // Config says what a Service serves and how. Log and Cluster are required.
@@ -35,6 +41,15 @@ type Config struct {
 	Log Log
 	// Cluster answers GetServers.
 	Cluster Cluster
+	// Admin, if set, is what the service Admin does; without it there is none.
+	Admin Admin
+	// Peer, if set, is what the service Peer tells other nodes; without it
+	// there is none.
+	Peer Peer
+	// Forward, if set, takes what this node cannot do because it does not lead
+	// to the leader: batches to append, linearizable reads, Admin calls. It
+	// needs Peer. Whoever made it closes it, after Shutdown.
+	Forward *Forwarder
 	// Limits bound what clients can use; zero values mean defaults.
 	Limits Limits
 	// Authorize, if set, is asked before a call touches the named log: once
@@ -55,8 +70,12 @@ type Config struct {
 // Service is Diurna's gRPC server: New, then Serve for each listener, then
 // Shutdown. All methods are safe for concurrent use.
 type Service struct {
-	log       Log
+	log       Log // what clients use: local, or local and what forwards
+	local     Log
 	cluster   Cluster
+	admin     Admin
+	peer      Peer
+	forward   *Forwarder
 	limits    Limits
 	authorize func(context.Context, Action, string) error
 	logger    hclog.Logger
@@ -86,6 +105,9 @@ func New(cfg Config) (*Service, error) {
 	if cfg.Log == nil || cfg.Cluster == nil {
 		return nil, errors.New("rpc needs a Log and a Cluster")
 	}
+	if cfg.Forward != nil && cfg.Peer == nil {
+		return nil, errors.New("rpc needs a Peer to forward")
+	}
 	limits, err := cfg.Limits.withDefaults()
 	if err != nil {
 		return nil, err
@@ -96,7 +118,11 @@ func New(cfg Config) (*Service, error) {
 	}
 	s := &Service{
 		log:       cfg.Log,
+		local:     cfg.Log,
 		cluster:   cfg.Cluster,
+		admin:     cfg.Admin,
+		peer:      cfg.Peer,
+		forward:   cfg.Forward,
 		limits:    limits,
 		authorize: cfg.Authorize,
 		logger:    cfg.Logger,
@@ -107,6 +133,9 @@ func New(cfg Config) (*Service, error) {
 	if s.logger == nil {
 		s.logger = hclog.NewNullLogger()
 	}
+	if s.forward != nil {
+		s.log = newForwardingLog(s.local, s.peer, s.forward)
+	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	s.drained, s.drain = context.WithCancel(context.Background())
 
@@ -114,7 +143,9 @@ func New(cfg Config) (*Service, error) {
 		grpc.ForceServerCodecV2(codec),
 		grpc.ChainUnaryInterceptor(s.unary),
 		grpc.ChainStreamInterceptor(s.streaming),
-		grpc.MaxRecvMsgSize(limits.maxRequestBytes()),
+		// Not less than another node may send, whatever its limits: a message
+		// that is not received ends the stream with all that is on it.
+		grpc.MaxRecvMsgSize(max(limits.maxRequestBytes(), HardBatchBytes+64<<10)),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(uint32(limits.StreamsPerConnection)),
 		grpc.ConnectionTimeout(limits.HandshakeTimeout),
@@ -134,6 +165,12 @@ func New(cfg Config) (*Service, error) {
 	}, cfg.Options...)
 	s.grpc = grpc.NewServer(options...)
 	s.grpc.RegisterService(logServiceDesc(), s)
+	if s.admin != nil {
+		v1.RegisterAdminServer(s.grpc, &adminService{s: s})
+	}
+	if s.peer != nil {
+		v1.RegisterPeerServer(s.grpc, &peerService{s: s})
+	}
 	healthpb.RegisterHealthServer(s.grpc, s.health)
 	reflection.Register(s.grpc)
 	s.SetServing(true)

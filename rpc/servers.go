@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/diurnalog/diurna/rpc/v1"
 )
@@ -18,13 +19,18 @@ func (s *Service) getServers(ctx context.Context, _ *v1.GetServersRequest) (*v1.
 		Servers:    make([]*v1.Server, 0, len(list.Servers)),
 	}
 	for i := range list.Servers {
-		m := serverMessage(&list.Servers[i])
-		if m.Id == list.Self && m.Version == "" {
-			m.Version = s.version
-		}
-		resp.Servers = append(resp.Servers, m)
+		resp.Servers = append(resp.Servers, s.serverMessage(&list, i))
 	}
 	return resp, nil
+}
+
+// serverMessage is server i of a list as clients get it.
+func (s *Service) serverMessage(list *ServerList, i int) *v1.Server {
+	m := serverMessage(&list.Servers[i])
+	if m.Id == list.Self && m.Version == "" {
+		m.Version = s.version
+	}
+	return m
 }
 
 func serverMessage(n *Server) *v1.Server {
@@ -39,6 +45,14 @@ func serverMessage(n *Server) *v1.Server {
 		FirstOffset:   n.FirstOffset,
 		HighWatermark: n.HighWatermark,
 		Version:       n.Version,
+
+		Healthy:        n.Healthy,
+		State:          n.State,
+		CatalogAddress: n.CatalogAddress,
+		Build:          n.Build,
+	}
+	if !n.StableSince.IsZero() {
+		m.StableSince = timestamppb.New(n.StableSince)
 	}
 	if n.Voter {
 		m.Role = v1.Server_ROLE_VOTER

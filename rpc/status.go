@@ -37,6 +37,11 @@ const (
 	ReasonDenied           = "DENIED"         // subject, object, action
 	ReasonDeadlineExceeded = "DEADLINE_EXCEEDED"
 	ReasonCanceled         = "CANCELED"
+	ReasonDiskFull         = "DISK_FULL"
+	ReasonWouldLoseQuorum  = "WOULD_LOSE_QUORUM" // voters, healthy
+	ReasonUnknownServer    = "UNKNOWN_SERVER"    // id
+	ReasonNotAVoter        = "NOT_A_VOTER"       // id
+	ReasonForeignCluster   = "FOREIGN_CLUSTER"   // cluster_id
 	ReasonInternal         = "INTERNAL"
 )
 
@@ -58,6 +63,7 @@ const (
 	retryElection   = 500 * time.Millisecond
 	retryElsewhere  = 50 * time.Millisecond
 	retryCalls      = time.Second
+	retryFull       = 5 * time.Second
 )
 
 // tooManyCallsError refuses a call that would be one too many.
@@ -147,8 +153,18 @@ func describe(err error) description {
 		denied     *DeniedError
 		calls      *tooManyCallsError
 		shutdown   *shutdownError
+		change     *UnknownChangeError
+		quorum     *QuorumError
+		server     *UnknownServerError
+		voter      *NotVoterError
+		foreign    *ForeignClusterError
 	)
 	switch {
+	case errors.As(err, &change):
+		return description{
+			code: codes.Unknown, reason: ReasonUnknownOutcome,
+			advice: "Look at the list of servers (`diurna operator raft list-peers`) before trying again.",
+		}
 	// First, because it may wrap the reason why the outcome is unknown.
 	case errors.Is(err, ErrUnknownOutcome):
 		d := description{
@@ -254,6 +270,35 @@ func describe(err error) description {
 			code: codes.DataLoss, reason: ReasonCorrupt,
 			advice:   "This server's copy is damaged at the named place. Read from another server, and have this one healed.",
 			metadata: map[string]string{"file": corrupt.File, "position": strconv.FormatInt(corrupt.Position, 10)},
+		}
+	case errors.Is(err, ErrDiskFull):
+		return description{
+			code: codes.ResourceExhausted, reason: ReasonDiskFull, retry: retryFull,
+			advice: "Make room on the leader's disk, or keep less: see retention. Records that are stored can be read.",
+		}
+	case errors.As(err, &quorum):
+		return description{
+			code: codes.FailedPrecondition, reason: ReasonWouldLoseQuorum,
+			advice:   "Bring servers back, or add some, before removing this one.",
+			metadata: map[string]string{"voters": itoa(quorum.Voters), "healthy": itoa(quorum.Healthy)},
+		}
+	case errors.As(err, &server):
+		return description{
+			code: codes.NotFound, reason: ReasonUnknownServer,
+			advice:   "See the list of servers (`diurna operator raft list-peers`) for the ids there are.",
+			metadata: map[string]string{"id": server.ID},
+		}
+	case errors.As(err, &voter):
+		return description{
+			code: codes.FailedPrecondition, reason: ReasonNotAVoter,
+			advice:   "Name a voter, or wait until this server has caught up and becomes one.",
+			metadata: map[string]string{"id": voter.ID},
+		}
+	case errors.As(err, &foreign):
+		return description{
+			code: codes.FailedPrecondition, reason: ReasonForeignCluster,
+			advice:   "Use the address of a node of the cluster that is meant.",
+			metadata: map[string]string{"cluster_id": foreign.Ours},
 		}
 	case errors.Is(err, context.DeadlineExceeded):
 		return description{

@@ -13,7 +13,10 @@ import (
 const (
 	fieldRequestLog      protowire.Number = 1
 	fieldRequestExpected protowire.Number = 2
-	fieldRecords         protowire.Number = 15 // of ProduceRequest and RecordBatch
+	fieldRecords         protowire.Number = 15 // of ProduceRequest, ProposeRequest and RecordBatch
+
+	fieldProposeSequence protowire.Number = 13
+	fieldProposeCluster  protowire.Number = 14
 
 	fieldRecordKey     protowire.Number = 1
 	fieldRecordValue   protowire.Number = 2
@@ -33,15 +36,21 @@ const (
 	fieldResponseHighWatermark protowire.Number = 3
 )
 
-// produceRequest is a ProduceRequest whose records stay in wire form.
+// produceRequest is a ProduceRequest, or a ProposeRequest, whose records stay
+// in wire form.
 type produceRequest struct {
 	log      string
 	expected *uint64
 	records  []byte
 	count    uint32
+
+	// Of a ProposeRequest only.
+	sequence uint64
+	cluster  string
 }
 
-// parseProduceRequest reads a ProduceRequest without decoding its records. The
+// parseProduceRequest reads a ProduceRequest, or a ProposeRequest, which is one
+// with two fields more, without decoding its records. The
 // records it returns alias raw where they lie there in one piece, as every
 // ordinary encoder writes them.
 //
@@ -102,6 +111,13 @@ func parseProduceRequest(raw []byte, lim Limits) (produceRequest, error) {
 			m := skipValue(typ, value)
 			if m < 0 {
 				return req, malformed("request", pos)
+			}
+			switch {
+			case num == fieldProposeSequence && typ == protowire.VarintType:
+				req.sequence, _ = protowire.ConsumeVarint(value)
+			case num == fieldProposeCluster && typ == protowire.BytesType:
+				id, _ := consumeBytes(typ, value)
+				req.cluster = string(id)
 			}
 			n += m
 		}

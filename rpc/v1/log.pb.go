@@ -753,7 +753,20 @@ type Server struct {
 	// The offset after its last committed record; known of the answering node.
 	HighWatermark uint64 `protobuf:"varint,10,opt,name=high_watermark,json=highWatermark,proto3" json:"high_watermark,omitempty"`
 	// The node's version; empty where unknown.
-	Version       string `protobuf:"bytes,11,opt,name=version,proto3" json:"version,omitempty"`
+	Version string `protobuf:"bytes,11,opt,name=version,proto3" json:"version,omitempty"`
+	// Whether the leader finds the node healthy: it hears from it, and the node
+	// keeps up. Unset where that is not known: followers may not know it.
+	Healthy *bool `protobuf:"varint,12,opt,name=healthy,proto3,oneof" json:"healthy,omitempty"`
+	// Since when healthy is what it is; unset where unknown.
+	StableSince *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=stable_since,json=stableSince,proto3" json:"stable_since,omitempty"`
+	// What the node says of its own membership, as others hear it: "fresh",
+	// "member", "leaving" or "removed"; empty where unknown. Others may come.
+	State string `protobuf:"bytes,14,opt,name=state,proto3" json:"state,omitempty"`
+	// Where the discovery's catalog says that the node is, as host:port; empty
+	// where it knows nothing. Differs from address while a node moves.
+	CatalogAddress string `protobuf:"bytes,15,opt,name=catalog_address,json=catalogAddress,proto3" json:"catalog_address,omitempty"`
+	// What the node's program was built from; empty where unknown.
+	Build         string `protobuf:"bytes,16,opt,name=build,proto3" json:"build,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -865,6 +878,41 @@ func (x *Server) GetVersion() string {
 	return ""
 }
 
+func (x *Server) GetHealthy() bool {
+	if x != nil && x.Healthy != nil {
+		return *x.Healthy
+	}
+	return false
+}
+
+func (x *Server) GetStableSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StableSince
+	}
+	return nil
+}
+
+func (x *Server) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Server) GetCatalogAddress() string {
+	if x != nil {
+		return x.CatalogAddress
+	}
+	return ""
+}
+
+func (x *Server) GetBuild() string {
+	if x != nil {
+		return x.Build
+	}
+	return ""
+}
+
 var File_v1_log_proto protoreflect.FileDescriptor
 
 const file_v1_log_proto_rawDesc = "" +
@@ -882,12 +930,12 @@ const file_v1_log_proto_rawDesc = "" +
 	"baseOffset\x12;\n" +
 	"\vappend_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"appendTime\x12+\n" +
-	"\arecords\x18\x0f \x03(\v2\x11.diurna.v1.RecordR\arecords\"\x91\x01\n" +
+	"\arecords\x18\x0f \x03(\v2\x11.diurna.v1.RecordR\arecords\"\x9d\x01\n" +
 	"\x0eProduceRequest\x12\x10\n" +
 	"\x03log\x18\x01 \x01(\tR\x03log\x12,\n" +
 	"\x0fexpected_offset\x18\x02 \x01(\x04H\x00R\x0eexpectedOffset\x88\x01\x01\x12+\n" +
 	"\arecords\x18\x0f \x03(\v2\x11.diurna.v1.RecordR\arecordsB\x12\n" +
-	"\x10_expected_offset\"\x90\x01\n" +
+	"\x10_expected_offsetJ\x04\b\r\x10\x0eJ\x04\b\x0e\x10\x0f\"\x90\x01\n" +
 	"\x0fProduceResponse\x12\x1f\n" +
 	"\vbase_offset\x18\x01 \x01(\x04R\n" +
 	"baseOffset\x12\x1f\n" +
@@ -921,7 +969,7 @@ const file_v1_log_proto_rawDesc = "" +
 	"\x12GetServersResponse\x12+\n" +
 	"\aservers\x18\x01 \x03(\v2\x11.diurna.v1.ServerR\aservers\x12\x1f\n" +
 	"\vanswered_by\x18\x02 \x01(\tR\n" +
-	"answeredBy\"\xa6\x03\n" +
+	"answeredBy\"\xe5\x04\n" +
 	"\x06Server\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -934,12 +982,19 @@ const file_v1_log_proto_rawDesc = "" +
 	"\ffirst_offset\x18\t \x01(\x04R\vfirstOffset\x12%\n" +
 	"\x0ehigh_watermark\x18\n" +
 	" \x01(\x04R\rhighWatermark\x12\x18\n" +
-	"\aversion\x18\v \x01(\tR\aversion\"?\n" +
+	"\aversion\x18\v \x01(\tR\aversion\x12\x1d\n" +
+	"\ahealthy\x18\f \x01(\bH\x00R\ahealthy\x88\x01\x01\x12=\n" +
+	"\fstable_since\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\vstableSince\x12\x14\n" +
+	"\x05state\x18\x0e \x01(\tR\x05state\x12'\n" +
+	"\x0fcatalog_address\x18\x0f \x01(\tR\x0ecatalogAddress\x12\x14\n" +
+	"\x05build\x18\x10 \x01(\tR\x05build\"?\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n" +
 	"\n" +
 	"ROLE_VOTER\x10\x01\x12\x11\n" +
-	"\rROLE_NONVOTER\x10\x022\xea\x02\n" +
+	"\rROLE_NONVOTER\x10\x02B\n" +
+	"\n" +
+	"\b_healthy2\xea\x02\n" +
 	"\x03Log\x12@\n" +
 	"\aProduce\x12\x19.diurna.v1.ProduceRequest\x1a\x1a.diurna.v1.ProduceResponse\x12J\n" +
 	"\rProduceStream\x12\x19.diurna.v1.ProduceRequest\x1a\x1a.diurna.v1.ProduceResponse(\x010\x01\x12@\n" +
@@ -988,21 +1043,22 @@ var file_v1_log_proto_depIdxs = []int32{
 	10, // 7: diurna.v1.GetServersResponse.servers:type_name -> diurna.v1.Server
 	0,  // 8: diurna.v1.Server.role:type_name -> diurna.v1.Server.Role
 	12, // 9: diurna.v1.Server.last_contact:type_name -> google.protobuf.Duration
-	4,  // 10: diurna.v1.Log.Produce:input_type -> diurna.v1.ProduceRequest
-	4,  // 11: diurna.v1.Log.ProduceStream:input_type -> diurna.v1.ProduceRequest
-	6,  // 12: diurna.v1.Log.Consume:input_type -> diurna.v1.ConsumeRequest
-	6,  // 13: diurna.v1.Log.ConsumeStream:input_type -> diurna.v1.ConsumeRequest
-	8,  // 14: diurna.v1.Log.GetServers:input_type -> diurna.v1.GetServersRequest
-	5,  // 15: diurna.v1.Log.Produce:output_type -> diurna.v1.ProduceResponse
-	5,  // 16: diurna.v1.Log.ProduceStream:output_type -> diurna.v1.ProduceResponse
-	7,  // 17: diurna.v1.Log.Consume:output_type -> diurna.v1.ConsumeResponse
-	7,  // 18: diurna.v1.Log.ConsumeStream:output_type -> diurna.v1.ConsumeResponse
-	9,  // 19: diurna.v1.Log.GetServers:output_type -> diurna.v1.GetServersResponse
-	15, // [15:20] is the sub-list for method output_type
-	10, // [10:15] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	11, // 10: diurna.v1.Server.stable_since:type_name -> google.protobuf.Timestamp
+	4,  // 11: diurna.v1.Log.Produce:input_type -> diurna.v1.ProduceRequest
+	4,  // 12: diurna.v1.Log.ProduceStream:input_type -> diurna.v1.ProduceRequest
+	6,  // 13: diurna.v1.Log.Consume:input_type -> diurna.v1.ConsumeRequest
+	6,  // 14: diurna.v1.Log.ConsumeStream:input_type -> diurna.v1.ConsumeRequest
+	8,  // 15: diurna.v1.Log.GetServers:input_type -> diurna.v1.GetServersRequest
+	5,  // 16: diurna.v1.Log.Produce:output_type -> diurna.v1.ProduceResponse
+	5,  // 17: diurna.v1.Log.ProduceStream:output_type -> diurna.v1.ProduceResponse
+	7,  // 18: diurna.v1.Log.Consume:output_type -> diurna.v1.ConsumeResponse
+	7,  // 19: diurna.v1.Log.ConsumeStream:output_type -> diurna.v1.ConsumeResponse
+	9,  // 20: diurna.v1.Log.GetServers:output_type -> diurna.v1.GetServersResponse
+	16, // [16:21] is the sub-list for method output_type
+	11, // [11:16] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_v1_log_proto_init() }
@@ -1018,6 +1074,7 @@ func file_v1_log_proto_init() {
 		(*ConsumeRequest_Time)(nil),
 		(*ConsumeRequest_LastN)(nil),
 	}
+	file_v1_log_proto_msgTypes[9].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
