@@ -110,23 +110,37 @@ func endBefore(o *openSegment, x *frameIndex, s *segment, from uint64) (tail, []
 	if err := x.covers(n, o); err != nil {
 		return tail{}, nil, err
 	}
-	t := s.start()
-	if n == 0 {
-		t.synced = t.index
-		return t, nil, nil
+	t, err := tailBefore(o, x, s, from)
+	if err != nil || n == 0 {
+		return t, nil, err
 	}
 	kept := make([]indexEntry, n)
 	for i := range kept {
 		kept[i] = x.at(i)
 	}
+	return t, kept, nil
+}
+
+// tailBefore returns the end of a segment as it was before an entry was
+// appended to it: the one at index from, which may be the next to come.
+func tailBefore(o *openSegment, x *frameIndex, s *segment, from uint64) (tail, error) {
+	t := s.start()
+	n := int(from - s.firstIndex)
+	if n == 0 {
+		t.synced = t.index
+		return t, nil
+	}
+	if err := x.covers(n-1, o); err != nil {
+		return t, err
+	}
 	at, to := x.span(n - 1)
 	frame := make([]byte, to-at)
 	if err := readAt(o, s, frame, at); err != nil {
-		return t, nil, err
+		return t, err
 	}
-	h, err := checkFrame(s, frame, at, from-1, kept[n-1])
+	h, err := checkFrame(s, frame, at, from-1, x.at(n-1))
 	if err != nil {
-		return t, nil, err
+		return t, err
 	}
 	return tail{
 		index:  h.index,
@@ -136,7 +150,7 @@ func endBefore(o *openSegment, x *frameIndex, s *segment, from uint64) (tail, []
 		time:   h.time,
 		synced: h.index,
 		pos:    to,
-	}, kept, nil
+	}, nil
 }
 
 // DeletePrefix deletes whole segments all of whose entries are below index,
