@@ -18,9 +18,48 @@ var (
 	// ErrFailed: a write, sync or truncation failed earlier; the log takes no
 	// more of them until it is opened anew. The error wraps the first failure.
 	ErrFailed = errors.New("log takes no more writes after a failure")
+	// ErrFull: there is no space on the disk for the next segment. Nothing of
+	// the call was written, the log has not failed, reading goes on, and the
+	// same call succeeds once there is space.
+	ErrFull = errors.New("no space on the disk for more of the log")
 	// ErrNotALog: the directory holds something else.
 	ErrNotALog = errors.New("not a log directory")
+	// ErrNotEmpty: a log cannot be imported into a directory that holds
+	// something.
+	ErrNotEmpty = errors.New("the directory is not empty")
+	// ErrUnfinished: the directory holds what an Import left that did not
+	// finish. Remove clears it.
+	ErrUnfinished = errors.New("the import of this log did not finish")
 )
+
+// RangeError: an Export through an index that the log does not reach, or
+// starts behind. It is an ErrNotFound.
+type RangeError struct {
+	Index       uint64 // that was asked for
+	First, Last uint64 // what the log has
+}
+
+func (e *RangeError) Error() string {
+	return fmt.Sprintf("index %d is not within the log, which holds %d to %d", e.Index, e.First, e.Last)
+}
+
+// Unwrap returns ErrNotFound.
+func (e *RangeError) Unwrap() error { return ErrNotFound }
+
+// StreamError says that a stream is not a whole and undamaged export of a log.
+type StreamError struct {
+	Position int64 // in bytes from the start of the stream
+	Detail   string
+	// Err is io.ErrUnexpectedEOF if the stream ends early, else nil.
+	Err error
+}
+
+func (e *StreamError) Error() string {
+	return fmt.Sprintf("the export stream is damaged at byte %d: %s", e.Position, e.Detail)
+}
+
+// Unwrap returns Err.
+func (e *StreamError) Unwrap() error { return e.Err }
 
 // CorruptError says that bytes which were durable are no longer what was
 // written. It is never the outcome of a crash alone.

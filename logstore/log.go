@@ -35,7 +35,8 @@ type Log struct {
 	failure atomic.Pointer[error]
 	failed  chan struct{}
 
-	keeper keeper
+	keeper  keeper
+	exports exports
 }
 
 // state is the log at one moment. Reading it needs no lock.

@@ -45,6 +45,7 @@ type opening struct {
 	checkpoint checkpoint
 	segs       []*segment
 	unknown    []string // neither ours nor temporary
+	importing  bool     // an import has not finished
 	temporary  []string
 	indexes    []string
 	dropped    []*segment // left over from a deletion, in the order to remove
@@ -60,6 +61,9 @@ type opening struct {
 func (o *opening) open() (*Log, error) {
 	if err := o.list(); err != nil {
 		return nil, err
+	}
+	if o.importing && o.opts.start == nil {
+		return nil, fmt.Errorf("%s: %w", o.dir, ErrUnfinished)
 	}
 	if err := o.readCheckpoint(); err != nil {
 		return nil, err
@@ -93,6 +97,8 @@ func (o *opening) list() error {
 		_, isSegment := parseSegmentName(name)
 		switch {
 		case name == checkpointName:
+		case name == importName:
+			o.importing = true
 		case isSegment:
 			first, _ := parseSegmentName(name)
 			o.segs = append(o.segs, newSegment(o.dir, segmentHeader{firstIndex: first}))
@@ -140,7 +146,10 @@ func (o *opening) readCheckpoint() error {
 		return err
 	}
 	start := tail{index: o.opts.FirstIndex - 1, offset: o.opts.FirstOffset, pos: segmentHeaderSize, synced: o.opts.FirstIndex - 1}
-	o.checkpoint = checkpoint{id: id, first: o.opts.FirstIndex, segment: o.opts.FirstIndex, tail: start}
+	if o.opts.start != nil {
+		start = *o.opts.start
+	}
+	o.checkpoint = checkpoint{id: id, first: start.index + 1, segment: start.index + 1, tail: start}
 	if err := createCheckpoint(o.fs, o.dir, o.checkpoint); err != nil {
 		return err
 	}

@@ -40,6 +40,10 @@ type Options struct {
 	// inline does the keeper's work within the call that causes it, so that
 	// tests repeat exactly.
 	inline bool
+
+	// start is where a log begins that Import makes, instead of FirstIndex and
+	// FirstOffset.
+	start *tail
 }
 
 func (o *Options) applyDefaultsAndValidate() error {

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"io/fs"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
 // TempSuffix ends the names of files that a crash may leave unfinished and
@@ -70,4 +72,10 @@ func RemoveIfThere(fsys FS, name string) error {
 		return err
 	}
 	return nil
+}
+
+// IsFull tells whether an error means that there is no space left: on the
+// filesystem, or in what its user may take.
+func IsFull(err error) bool {
+	return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)
 }
