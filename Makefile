@@ -41,6 +41,10 @@ build: ## Build bin/diurna, one static binary
 run: build ## Build, then run one development node (ARGS="-data-dir ...")
 	bin/diurna agent -dev $(ARGS)
 
+.PHONY: cluster
+cluster: build ## Build, then run three nodes and a real Consul until Ctrl-C
+	@scripts/cluster.sh
+
 .PHONY: test
 test: vet proto-check consul ## Vet, check that generated code is fresh, run all tests
 	$(GO) test -timeout 15m $(PKG)

@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Runs three nodes and a Consul on this machine, until Ctrl-C ends all of them.
+# The data is in a temporary folder, removed at the end, unless CLUSTER_DIR names
+# one to keep.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+consul=$(scripts/consul.sh)
+diurna=bin/diurna
+http=${CONSUL_HTTP_PORT:-8500} dns=${CONSUL_DNS_PORT:-8600}
+ports=(8400 8410 8420)
+
+keep=${CLUSTER_DIR:-}
+dir=${keep:-$(mktemp -d "${TMPDIR:-/tmp}/diurna-cluster-XXXXXX")}
+mkdir -p "$dir"
+
+pids=()
+cleanup() {
+  trap '' INT TERM
+  # The nodes first, so that Consul hears them go; each by its own id.
+  for ((i = ${#pids[@]} - 1; i >= 0; i--)); do
+    kill -TERM "${pids[i]}" 2>/dev/null || true
+    wait "${pids[i]}" 2>/dev/null || true
+  done
+  if [ -z "$keep" ]; then rm -rf "$dir"; fi
+}
+trap cleanup EXIT
+trap 'exit 0' INT TERM
+
+die() {
+  echo "Error: $*" >&2
+  exit 1
+}
+
+# A port that answers now would be taken for ours.
+for port in "$http" "${ports[@]}"; do
+  if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+    die "port $port is taken: is a cluster, a node or a Consul running already? CONSUL_HTTP_PORT and CONSUL_DNS_PORT choose others for Consul."
+  fi
+done
+
+# Job control would give each its own process group; without it Ctrl-C reaches
+# all of them at once, and Consul would go first. So: setsid.
+echo "==> starting Consul at 127.0.0.1:$http, logging to $dir/consul.log" >&2
+setsid "$consul" agent -dev -node=local -bind=127.0.0.1 -client=127.0.0.1 \
+  -http-port="$http" -dns-port="$dns" -grpc-port=-1 -grpc-tls-port=-1 \
+  -log-level=warn >"$dir/consul.log" 2>&1 &
+pids+=($!)
+
+for i in 1 2 3; do
+  port=${ports[i - 1]}
+  echo "==> starting node n$i at 127.0.0.1:$port, logging to $dir/n$i.log" >&2
+  setsid "$diurna" agent -dev -node="n$i" -data-dir="$dir/n$i" -rpc-addr="127.0.0.1:$port" \
+    -discovery=consul -consul-addr="127.0.0.1:$http" -bootstrap-expect=3 >"$dir/n$i.log" 2>&1 &
+  pids+=($!)
+done
+
+show() {
+  for f in "$dir"/*.log; do
+    echo "--- $f" >&2
+    tail -n 20 "$f" >&2
+  done
+}
+
+for ((tries = 0; ; tries++)); do
+  for i in "${!pids[@]}"; do
+    kill -0 "${pids[i]}" 2>/dev/null || { show; die "one of the programs ended, see above"; }
+  done
+  if "$diurna" status -addr "127.0.0.1:${ports[0]}" >/dev/null 2>&1 &&
+    "$diurna" status -addr "127.0.0.1:${ports[1]}" >/dev/null 2>&1 &&
+    "$diurna" status -addr "127.0.0.1:${ports[2]}" >/dev/null 2>&1; then
+    break
+  fi
+  if [ "$tries" -ge 120 ]; then show; die "the cluster was not ready after a minute, see above"; fi
+  sleep 0.5
+done
+
+"$diurna" servers -addr "127.0.0.1:${ports[0]}"
+cat <<TEXT
+
+Ready. In another terminal:
+
+    seq 1 100000 | bin/diurna produce -addr 127.0.0.1:${ports[1]}
+    bin/diurna consume -addr 127.0.0.1:${ports[2]} | tail -n 1
+    dig @127.0.0.1 -p $dns +short SRV diurna.service.consul
+    Consul's page: http://127.0.0.1:$http/ui
+
+Ctrl-C stops all of it.
+TEXT
+wait -n "${pids[@]}" || true
+show
+die "one of the programs ended, see above"
