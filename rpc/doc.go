@@ -28,6 +28,13 @@
 // last byte is written. codec.go is what lets such messages past gRPC's own
 // encoding; service.go is the service description that uses it.
 //
+// # Any node will do
+//
+// A Log that is not the leader's returns *NotLeaderError. With Config.Forward
+// the server then takes the batch to the leader, over one stream for all of its
+// clients, and asks the leader how far a linearizable read has to see. What
+// came from another node is never passed on again.
+//
 // # Where to look
 //
 //	server.go          Config, Service, its life from New to Shutdown
@@ -37,12 +44,16 @@
 //	produce*.go        Produce and ProduceStream
 //	consume.go         Consume and ConsumeStream; position.go finds the start
 //	servers.go         GetServers
+//	admin*.go          what operators ask for
+//	peer*.go           what other nodes ask for; check.go refuses nonsense
+//	forward.go         what a node that does not lead takes to the leader:
+//	                   forward_stream.go batches, forward_log.go reads,
+//	                   forward_conn.go connections and what their errors mean
 //	interceptors.go    counting, panics, streams that know no shutdown
 //	listener.go        connections that never say anything
 //
 // # What it does not do
 //
-// It does not forward: a Log that is not the leader's returns *NotLeaderError,
-// or forwards by itself. It does not authenticate: credentials come in through
-// Config.Options, permission is asked through Config.Authorize.
+// It does not authenticate: credentials come in through Config.Options,
+// permission is asked through Config.Authorize.
 package rpc

@@ -35,6 +35,8 @@ type fixture struct {
 	client v1.LogClient
 	conn   *grpc.ClientConn
 	dial   func(context.Context) (net.Conn, error)
+	// listener is where it listens, unless over TCP.
+	listener *bufconn.Listener
 }
 
 // serve runs a Service over an in-memory listener, or over TCP on any port,
@@ -61,7 +63,7 @@ func serve(tb testing.TB, cfg Config, tcp bool, opts ...grpc.DialOption) *fixtur
 		}
 	} else {
 		b := bufconn.Listen(256 << 10)
-		f.dial, l = b.DialContext, b
+		f.dial, f.listener, l = b.DialContext, b, b
 	}
 	served := make(chan error, 1)
 	go func() { served <- svc.Serve(l) }()

@@ -43,6 +43,7 @@ func TestFieldNumbers(t *testing.T) {
 		names   map[string]protowire.Number
 	}{
 		{&v1.ProduceRequest{}, map[string]protowire.Number{"log": fieldRequestLog, "expected_offset": fieldRequestExpected, "records": fieldRecords}},
+		{&v1.ProposeRequest{}, map[string]protowire.Number{"log": fieldRequestLog, "expected_offset": fieldRequestExpected, "sequence": fieldProposeSequence, "cluster_id": fieldProposeCluster, "records": fieldRecords}},
 		{&v1.Record{}, map[string]protowire.Number{"key": fieldRecordKey, "value": fieldRecordValue, "headers": fieldRecordHeaders}},
 		{&v1.Header{}, map[string]protowire.Number{"name": fieldHeaderName, "value": fieldHeaderValue}},
 		{&v1.RecordBatch{}, map[string]protowire.Number{"base_offset": fieldBatchBase, "append_time": fieldBatchTime, "records": fieldRecords}},
