@@ -55,7 +55,7 @@ func (l *Log) TruncateSuffix(from uint64) error {
 	publish := func() {
 		l.handles.pin(again, file)
 		l.state.Store(next)
-		l.active = file
+		l.active, l.space = file, t.pos
 	}
 	replace := !l.exports.unlessHeld(from, publish)
 	if replace {
@@ -148,7 +148,10 @@ func (l *Log) cutActive(next *state, cut *segment, replace bool) error {
 		if err := l.fs.Rename(filepath.Join(l.dir, cutName), cut.file); err != nil {
 			return err
 		}
-		return l.fs.SyncDir(l.dir)
+		if err := l.fs.SyncDir(l.dir); err != nil {
+			return err
+		}
+		return l.measureActive(next)
 	}
 	if err := l.active.Truncate(next.tail.pos); err != nil {
 		return err
@@ -158,7 +161,18 @@ func (l *Log) cutActive(next *state, cut *segment, replace bool) error {
 	if err := l.active.Sync(); err != nil {
 		return err
 	}
-	return l.active.Preallocate(l.opts.SegmentSize)
+	return l.measureActive(next)
+}
+
+// measureActive gives the active segment its space, if there is any.
+func (l *Log) measureActive(st *state) (err error) {
+	if l.space, err = preallocateIfRoom(l.active, l.opts.SegmentSize); err != nil {
+		return err
+	}
+	sized := *st
+	sized.size = l.space
+	l.state.Store(&sized)
+	return nil
 }
 
 // endBefore returns the end of a segment as it was before the entry at index
@@ -231,7 +245,7 @@ func (l *Log) DeletePrefix(below uint64) (first uint64, err error) {
 	l.keeper.mu.Lock()
 	defer l.keeper.mu.Unlock()
 	dropped := st.segs[:n]
-	next := &state{segs: slices.Clone(st.segs[n:]), active: st.active, tail: st.tail, cuts: st.cuts + 1}
+	next := &state{segs: slices.Clone(st.segs[n:]), active: st.active, tail: st.tail, size: st.size, cuts: st.cuts + 1}
 	first = next.segs[0].firstIndex
 	l.state.Store(next)
 	l.keeper.forget(func(s *segment) bool { return s.firstIndex < first })
