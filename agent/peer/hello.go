@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -181,16 +182,19 @@ func printable(s string) string {
 
 // writeMessage writes a hello or an answer after a prefix, in one write.
 func writeMessage(w io.Writer, prefix string, message any) error {
-	b, err := json.Marshal(message)
-	if err != nil {
+	var text bytes.Buffer
+	enc := json.NewEncoder(&text)
+	enc.SetEscapeHTML(false) // would make six bytes of some
+	if err := enc.Encode(message); err != nil {
 		return err
 	}
+	b := bytes.TrimSuffix(text.Bytes(), []byte("\n"))
 	if len(b) > helloLimit {
 		return fmt.Errorf("a greeting of %d bytes is too long", len(b))
 	}
 	out := append([]byte(prefix), 0, 0)
 	binary.BigEndian.PutUint16(out[len(prefix):], uint16(len(b)))
-	_, err = w.Write(append(out, b...))
+	_, err := w.Write(append(out, b...))
 	return err
 }
 
