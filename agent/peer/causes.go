@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"maps"
 	"sync"
 	"time"
 )
@@ -10,13 +11,16 @@ const (
 	causesLimit = 1024
 	// causesAgain is when the same is worth saying again.
 	causesAgain = 10 * time.Minute
+	// causesSweep is how often it is worth looking for what is old.
+	causesSweep = time.Second
 )
 
 // causes remembers what has been logged, so that somebody who keeps knocking
 // does not fill the log.
 type causes struct {
-	mu   sync.Mutex
-	last map[[2]string]time.Time // guarded by mu
+	mu    sync.Mutex
+	last  map[[2]string]time.Time // guarded by mu
+	swept time.Time               // guarded by mu
 }
 
 func newCauses() *causes { return &causes{last: make(map[[2]string]time.Time)} }
@@ -30,10 +34,9 @@ func (c *causes) first(what, host string, now time.Time) bool {
 	if last, ok := c.last[key]; ok && now.Sub(last) < causesAgain {
 		return false
 	} else if !ok && len(c.last) >= causesLimit {
-		for k, last := range c.last {
-			if now.Sub(last) >= causesAgain {
-				delete(c.last, k)
-			}
+		if now.Sub(c.swept) >= causesSweep {
+			c.swept = now
+			maps.DeleteFunc(c.last, func(_ [2]string, last time.Time) bool { return now.Sub(last) >= causesAgain })
 		}
 		if len(c.last) >= causesLimit {
 			return false
