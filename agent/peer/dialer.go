@@ -119,9 +119,6 @@ func (d *Dialer) dial(ctx context.Context, id, address string, hello Hello) (*Co
 	if !stop() {
 		err = errors.Join(ctx.Err(), err)
 	}
-	if err == nil {
-		err = conn.SetDeadline(time.Time{})
-	}
 	if refused, ok := errors.AsType[*RefusedError](err); ok {
 		refused.ID, refused.Address = id, address
 	}

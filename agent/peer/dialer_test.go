@@ -224,12 +224,16 @@ func TestBackoff(t *testing.T) {
 		refused("a:8401", count+4) // another question
 		cluster.Store("c1")
 
+		refused("a:8400", count+5)
+		time.Sleep(time.Second)
+		refused("a:8400", count+6)
+		time.Sleep(2 * time.Second)
 		welcome.Store(true)
 		mustDial(t, d, "n-a", "a:8400").Close()
 		welcome.Store(false)
-		refused("a:8400", count+6)
+		refused("a:8400", count+8)
 		time.Sleep(time.Second)
-		refused("a:8400", count+7)
+		refused("a:8400", count+9) // from the start
 	})
 }
 

@@ -155,6 +155,27 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
+// TestRefusedWhileTalking: who is refused may finish what it says, and then
+// reads why; but not for ever.
+func TestRefusedWhileTalking(t *testing.T) {
+	bubble(t, func(t *testing.T, n *peertest.Net) {
+		startPort(t, n, "a", peer.PortConfig{})
+		c := knock(t, n, "b", "a", "diurna-raft/2\n")
+		for range 9 {
+			time.Sleep(100 * time.Millisecond)
+			write(t, c, strings.Repeat("x", 1000))
+		}
+		if got, err := io.ReadAll(c); err != nil || !strings.Contains(string(got), "the other version 2") {
+			t.Errorf("read %q, %v", got, err)
+		}
+		time.Sleep(100 * time.Millisecond)
+		write(t, c, "x")
+		if _, err := c.Write([]byte("x")); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("talks on: %v", err)
+		}
+	})
+}
+
 // TestLoggedOnce: again after ten minutes, and for each host.
 func TestLoggedOnce(t *testing.T) {
 	bubble(t, func(t *testing.T, n *peertest.Net) {

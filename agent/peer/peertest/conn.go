@@ -97,8 +97,7 @@ type flow struct {
 	way way
 	to  *conn // the side that reads
 
-	sent  []packet // under way, in order
-	last  time.Time
+	sent  []packet    // under way; none arrives before the one in front of it
 	timer *time.Timer // for the first of sent
 
 	ready  []byte // arrived and not read
@@ -119,10 +118,6 @@ func newFlow(n *Net, w way) *flow { return &flow{net: n, way: w} }
 // send puts a packet on its way.
 func (f *flow) send(data []byte, end error) {
 	due := time.Now().Add(f.net.travel(f.way, len(data)))
-	if due.Before(f.last) {
-		due = f.last
-	}
-	f.last = due
 	f.queued += len(data)
 	f.sent = append(f.sent, packet{data, end, due})
 	f.deliver()

@@ -331,6 +331,7 @@ func TestPatience(t *testing.T) {
 				time.Sleep(29 * time.Second)
 				n.Heal()
 				n.Resume("a")
+				silent(t, a, time.Minute)
 				write(t, a, "x")
 				expect(t, b, "x")
 
