@@ -1,6 +1,7 @@
 package peertest
 
 import (
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -160,7 +161,7 @@ func (f *flow) arrive(p packet) {
 			to.refusing = true
 			to.out.send(nil, syscall.ECONNRESET)
 		}
-	case p.end == io.EOF:
+	case errors.Is(p.end, io.EOF):
 		f.eof = true
 	case p.end != nil:
 		to.fail(p.end)
@@ -218,7 +219,7 @@ func (c *conn) wake() {
 }
 
 func (c *conn) opError(op string, err error) error {
-	if errno, ok := err.(syscall.Errno); ok {
+	if errno, ok := errors.AsType[syscall.Errno](err); ok {
 		err = os.NewSyscallError(op, errno)
 	}
 	return &net.OpError{Op: op, Net: "tcp", Source: c.local, Addr: c.remote, Err: err}
@@ -345,7 +346,7 @@ func (c *conn) abort() {
 }
 
 func (c *conn) end(how error) {
-	if c.broken == nil && (!c.out.ended || how != io.EOF) {
+	if c.broken == nil && (!c.out.ended || !errors.Is(how, io.EOF)) {
 		c.out.ended = true
 		c.out.send(nil, how)
 	}
@@ -359,7 +360,7 @@ func (c *conn) end(how error) {
 func (c *conn) CloseWrite() error {
 	c.pair.net.mu.Lock()
 	defer c.pair.net.mu.Unlock()
-	if err := c.writable(); err != nil && err != os.ErrDeadlineExceeded {
+	if err := c.writable(); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 		return c.opError("shutdown", err)
 	}
 	c.out.ended = true
