@@ -67,6 +67,9 @@ type client struct {
 	api *api.Client
 	// closeIdle closes connections that wait for their next request.
 	closeIdle func()
+	// envToken says that the API adds a token from the environment to requests
+	// that have none.
+	envToken bool
 
 	mu    sync.Mutex
 	token string
@@ -110,6 +113,7 @@ func newClient(cfg *Config) (*client, error) {
 		}
 	}
 	c.closeIdle = ac.Transport.CloseIdleConnections
+	c.envToken = ac.Token != ""
 	return c, nil
 }
 
@@ -137,9 +141,7 @@ func (c *client) rereadToken() (changed bool, err error) {
 // has another token by now.
 func (c *client) do(op string, request func(token string) error) error {
 	for again := false; ; again = true {
-		c.mu.Lock()
-		token := c.token
-		c.mu.Unlock()
+		token := c.currentToken()
 		err := request(token)
 		if err == nil {
 			return nil
@@ -161,6 +163,16 @@ func (c *client) do(op string, request func(token string) error) error {
 		return &Error{Address: c.cfg.Address, Op: op, Hint: hint, Err: err}
 	}
 }
+
+func (c *client) currentToken() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.token
+}
+
+// hasToken tells whether requests carry a token, ours or one that the
+// environment names.
+func (c *client) hasToken() bool { return c.currentToken() != "" || c.envToken }
 
 // hint says what to do about an error.
 func (c *client) hint(err error) string {
