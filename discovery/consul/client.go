@@ -81,10 +81,15 @@ func newClient(cfg *Config) (*client, error) {
 	if cfg.Scheme != "" {
 		ac.Scheme = cfg.Scheme
 	}
-	ac.TokenFile = "" // read here
-	if cfg.TokenFile != "" {
-		ac.Token = ""
+	c := &client{cfg: cfg, token: cfg.Token, closeIdle: ac.Transport.CloseIdleConnections}
+	if _, err := c.rereadToken(); err != nil {
+		return nil, err
 	}
+	ac.TokenFile = "" // read here
+	if c.token != "" {
+		ac.Token = c.token
+	}
+	c.envToken = ac.Token != ""
 	ac.Datacenter, ac.Namespace, ac.Partition = cfg.Datacenter, cfg.Namespace, cfg.Partition
 	set := func(p *string, v string) {
 		if v != "" {
@@ -103,17 +108,9 @@ func newClient(cfg *Config) (*client, error) {
 	// Consul redirects only to its UI, and a token must not follow anywhere.
 	hc.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	ac.HttpClient = hc
-	c := &client{cfg: cfg, token: cfg.Token}
 	if c.api, err = api.NewClient(ac); err != nil {
 		return nil, fmt.Errorf("consul at %s: %w", cfg.Address, err)
 	}
-	if cfg.TokenFile != "" {
-		if _, err := c.rereadToken(); err != nil {
-			return nil, err
-		}
-	}
-	c.closeIdle = ac.Transport.CloseIdleConnections
-	c.envToken = ac.Token != ""
 	return c, nil
 }
 
