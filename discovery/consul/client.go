@@ -67,6 +67,9 @@ type client struct {
 	api *api.Client
 	// closeIdle closes connections that wait for their next request.
 	closeIdle func()
+	// envToken says that the API adds a token from the environment to requests
+	// that have none.
+	envToken bool
 
 	mu    sync.Mutex
 	token string
@@ -78,10 +81,15 @@ func newClient(cfg *Config) (*client, error) {
 	if cfg.Scheme != "" {
 		ac.Scheme = cfg.Scheme
 	}
-	ac.TokenFile = "" // read here
-	if cfg.TokenFile != "" {
-		ac.Token = ""
+	c := &client{cfg: cfg, token: cfg.Token, closeIdle: ac.Transport.CloseIdleConnections}
+	if _, err := c.rereadToken(); err != nil {
+		return nil, err
 	}
+	ac.TokenFile = "" // read here
+	if c.token != "" {
+		ac.Token = c.token
+	}
+	c.envToken = ac.Token != ""
 	ac.Datacenter, ac.Namespace, ac.Partition = cfg.Datacenter, cfg.Namespace, cfg.Partition
 	set := func(p *string, v string) {
 		if v != "" {
@@ -100,16 +108,9 @@ func newClient(cfg *Config) (*client, error) {
 	// Consul redirects only to its UI, and a token must not follow anywhere.
 	hc.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	ac.HttpClient = hc
-	c := &client{cfg: cfg, token: cfg.Token}
 	if c.api, err = api.NewClient(ac); err != nil {
 		return nil, fmt.Errorf("consul at %s: %w", cfg.Address, err)
 	}
-	if cfg.TokenFile != "" {
-		if _, err := c.rereadToken(); err != nil {
-			return nil, err
-		}
-	}
-	c.closeIdle = ac.Transport.CloseIdleConnections
 	return c, nil
 }
 
@@ -137,9 +138,7 @@ func (c *client) rereadToken() (changed bool, err error) {
 // has another token by now.
 func (c *client) do(op string, request func(token string) error) error {
 	for again := false; ; again = true {
-		c.mu.Lock()
-		token := c.token
-		c.mu.Unlock()
+		token := c.currentToken()
 		err := request(token)
 		if err == nil {
 			return nil
@@ -161,6 +160,16 @@ func (c *client) do(op string, request func(token string) error) error {
 		return &Error{Address: c.cfg.Address, Op: op, Hint: hint, Err: err}
 	}
 }
+
+func (c *client) currentToken() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.token
+}
+
+// hasToken tells whether requests carry a token, ours or one that the
+// environment names.
+func (c *client) hasToken() bool { return c.currentToken() != "" || c.envToken }
 
 // hint says what to do about an error.
 func (c *client) hint(err error) string {

@@ -20,7 +20,7 @@ var quick = Timing{
 	TTL: 20 * time.Second, TTLUpdate: 250 * time.Millisecond,
 	GRPCInterval: time.Second, GRPCTimeout: time.Second,
 	Reconcile: 500 * time.Millisecond, RetryStep: 50 * time.Millisecond, RetryMax: 500 * time.Millisecond,
-	Wait: 5 * time.Second, WaitGrace: 5 * time.Second, WatchEvery: 10 * time.Millisecond, Settle: 5 * time.Second,
+	Wait: 5 * time.Second, WaitGrace: 5 * time.Second, WatchEvery: 10 * time.Millisecond, Settle: 3 * time.Second,
 }
 
 // healthy returns the address of a gRPC server that says it serves, until the

@@ -138,6 +138,9 @@ func (w *watcher) take(entries []*api.ServiceEntry, meta *api.QueryMeta) {
 	switch {
 	case meta.ResultsFilteredByACLs:
 		why = fmt.Sprintf("consul at %s left instances out that the token may not read: it needs read on the service %q and on all nodes", d.cfg.Address, d.cfg.Service)
+	case meta.DefaultACLPolicy == "deny" && !d.c.hasToken():
+		// Consul does not tell those without a token that it left things out.
+		why = fmt.Sprintf("consul at %s shows only what is allowed without a token, and none is configured", d.cfg.Address)
 	case !meta.KnownLeader:
 		why = fmt.Sprintf("consul at %s has no leader", d.cfg.Address)
 	case meta.QueryBackend == api.QueryBackendStreaming:

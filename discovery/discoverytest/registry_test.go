@@ -1,4 +1,4 @@
-package discoverytest_test
+package discoverytest
 
 import (
 	"context"
@@ -9,16 +9,15 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/diurnalog/diurna/discovery"
-	"github.com/diurnalog/diurna/discovery/discoverytest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func TestRegistry(t *testing.T) {
-	discoverytest.Run(t, func(t *testing.T) discoverytest.Harness {
-		r := discoverytest.NewRegistry()
+	Run(t, func(t *testing.T) Harness {
+		r := NewRegistry()
 		r.Retry, r.TTL, r.Settle = 10*time.Millisecond, 3*time.Second, 300*time.Millisecond
-		return discoverytest.Harness{
+		return Harness{
 			New: func(_ testing.TB, cluster string) discovery.Discovery { return r.New(cluster) },
 			Filtered: func(_ testing.TB, cluster string) discovery.Discovery {
 				h := r.New(cluster)
@@ -45,15 +44,15 @@ func member(id string) discovery.Registration {
 // TestFaults goes through the faults on a clock that costs nothing.
 func TestFaults(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := discoverytest.NewRegistry()
-		run := func(h *discoverytest.Handle, id string) (stop func() error) {
+		r := NewRegistry()
+		run := func(h *Handle, id string) (stop func() error) {
 			ctx, cancel := context.WithCancel(t.Context())
 			done := make(chan error, 1)
 			go func() { done <- h.Run(ctx) }()
 			h.Announce(member(id))
 			return func() error { cancel(); return <-done }
 		}
-		check := func(what string, h *discoverytest.Handle, trusted bool, ids ...string) {
+		check := func(what string, h *Handle, trusted bool, ids ...string) {
 			t.Helper()
 			time.Sleep(10 * time.Second) // at once, on this clock
 			s := h.Latest()

@@ -299,7 +299,7 @@ func testForgotten(t *testing.T, s *suite) {
 	a, b := s.join(t, "a"), s.join(t, "b")
 	await(t, a, "both are there", trusted(a, b))
 	await(t, b, "both are there", trusted(a, b))
-	for range 3 {
+	for range 2 {
 		s.Forget(t, s.cluster, a.self.ID)
 		await(t, b, "a is back", trusted(a, b))
 		await(t, a, "a sees itself", trusted(a, b))
@@ -309,10 +309,10 @@ func testForgotten(t *testing.T, s *suite) {
 func testFiltered(t *testing.T, s *suite) {
 	a := s.join(t, "a")
 	f := start(t, s.Filtered(t, s.cluster), s.registration(t, "f"))
-	got := await(t, f, "an answer", func(sn discovery.Snapshot) bool { return !sn.At.IsZero() && len(s.Nodes(t, s.cluster)) == 2 })
+	await(t, f, "an answer", func(sn discovery.Snapshot) bool { return !sn.At.IsZero() })
 	await(t, a, "it is registered all the same", func(sn discovery.Snapshot) bool { _, ok := sn.Find(f.self.ID); return ok })
 	for range 3 {
-		if got = f.Latest(); got.Trusted || got.Why == "" {
+		if got := f.Latest(); got.Trusted || got.Why == "" {
 			t.Errorf("an answer is trusted that was filtered: %+v", got)
 		}
 		select {
