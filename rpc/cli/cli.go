@@ -186,8 +186,8 @@ func (m *Meta) interrupts() (<-chan os.Signal, func()) {
 }
 
 // withClient dials addr and runs f.
-func (m *Meta) withClient(addr string, f func(*client.Client) int) int {
-	c, err := client.Dial(addr, m.DialOptions...)
+func (m *Meta) withClient(addr string, f func(*client.Client) int, opts ...client.Option) int {
+	c, err := client.Dial(addr, append(opts, m.DialOptions...)...)
 	if err != nil {
 		m.errorf("%s", err)
 		return ExitUsage
