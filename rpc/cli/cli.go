@@ -67,9 +67,15 @@ func Commands(m *Meta) map[string]hcli.CommandFactory {
 	return map[string]hcli.CommandFactory{
 		"consume": verb(&consumeCommand{Meta: m}),
 		"produce": verb(&produceCommand{Meta: m}),
-		"servers": verb(&serversCommand{question{Meta: m}}),
+		"leave":   verb(&leaveCommand{question: question{Meta: m}}),
+		"servers": verb(&serversCommand{question: question{Meta: m}}),
 		"status":  verb(&statusCommand{question{Meta: m}}),
 		"version": verb(&versionCommand{Meta: m}),
+
+		"operator raft list-peers":          verb(&listPeersCommand{question: question{Meta: m}}),
+		"operator raft add-peer":            verb(&addPeerCommand{question: question{Meta: m}}),
+		"operator raft remove-peer":         verb(&removePeerCommand{question: question{Meta: m}}),
+		"operator raft transfer-leadership": verb(&transferCommand{question: question{Meta: m}}),
 	}
 }
 

@@ -39,8 +39,10 @@ type Server struct {
 	// PerResponse bounds the records of one response of ConsumeStream.
 	// Default 100.
 	PerResponse int
-	// Nodes is what GetServers answers.
+	// Nodes is what GetServers and ListPeers answer; see also SetNodes.
 	Nodes *v1.GetServersResponse
+	// OnAdmin, if set, is called with every call of Admin; see AdminCalls.
+	OnAdmin func(call string) error
 	// Health may be changed at any time.
 	Health *health.Server
 
@@ -51,6 +53,8 @@ type Server struct {
 	changed chan struct{}
 	started int // ConsumeStreams
 	consume chan struct{}
+
+	adminCalls []string
 
 	server *grpc.Server
 	served chan struct{}
@@ -93,6 +97,7 @@ func (s *Server) serve(t testing.TB, l net.Listener) *Server {
 	s.listen, s.served = l, make(chan struct{})
 	s.server = grpc.NewServer()
 	v1.RegisterLogServer(s.server, s)
+	v1.RegisterAdminServer(s.server, admin{s: s})
 	healthpb.RegisterHealthServer(s.server, s.Health)
 	go func() {
 		defer close(s.served)
@@ -104,6 +109,19 @@ func (s *Server) serve(t testing.TB, l net.Listener) *Server {
 	}()
 	t.Cleanup(s.Stop)
 	return s
+}
+
+// SetNodes changes Nodes while the server runs.
+func (s *Server) SetNodes(nodes *v1.GetServersResponse) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.Nodes = nodes
+}
+
+func (s *Server) nodes() *v1.GetServersResponse {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.Nodes
 }
 
 // Addr is where it listens.
@@ -306,7 +324,7 @@ func (s *Server) responseLocked(at, limit uint64) *v1.ConsumeResponse {
 
 // GetServers implements v1.LogServer.
 func (s *Server) GetServers(context.Context, *v1.GetServersRequest) (*v1.GetServersResponse, error) {
-	return s.Nodes, nil
+	return s.nodes(), nil
 }
 
 // Failure is an error as a server sends it; metadata are names and values in
