@@ -55,6 +55,7 @@ type Server struct {
 	consume chan struct{}
 
 	adminCalls []string
+	conns      []net.Conn
 
 	server *grpc.Server
 	served chan struct{}
@@ -79,7 +80,16 @@ func New() *Server {
 func (s *Server) Start(t testing.TB) *Server {
 	t.Helper()
 	l := bufconn.Listen(256 << 10)
-	s.dial = func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }
+	s.dial = func(ctx context.Context, _ string) (net.Conn, error) {
+		conn, err := l.DialContext(ctx)
+		if err != nil {
+			return nil, err
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.conns = append(s.conns, conn)
+		return conn, nil
+	}
 	return s.serve(t, l)
 }
 
@@ -129,6 +139,18 @@ func (s *Server) Addr() string { return s.listen.Addr().String() }
 
 // Dialer connects to a server that was started in-process; nil otherwise.
 func (s *Server) Dialer() func(context.Context, string) (net.Conn, error) { return s.dial }
+
+// Break drops every connection of a server that was started in-process; it can
+// be connected to again.
+func (s *Server) Break() {
+	s.mu.Lock()
+	conns := s.conns
+	s.conns = nil
+	s.mu.Unlock()
+	for _, c := range conns {
+		_ = c.Close() // it is broken either way
+	}
+}
 
 // Stop drops every connection at once, like a crash.
 func (s *Server) Stop() {
