@@ -471,8 +471,12 @@ func TestForwardShutdown(t *testing.T) {
 			if who == "b" {
 				_, err := stream.Recv()
 				wantStatus(t, err, codes.Unavailable, ReasonShuttingDown)
-			} else {
-				// It was not taken by the leader, and the client hears that.
+			}
+			if err := <-down; err != nil {
+				t.Errorf("shutdown: %v", err)
+			}
+			if who == "a" {
+				// The leader is gone, and the client hears that.
 				if err := stream.Send(request(4)); err != nil {
 					t.Fatal(err)
 				}
@@ -480,9 +484,6 @@ func TestForwardShutdown(t *testing.T) {
 				if meta := wantStatus(t, err, codes.Unavailable, ReasonNoLeader); meta[MetaRequest] != "4" {
 					t.Errorf("metadata %v", meta)
 				}
-			}
-			if err := <-down; err != nil {
-				t.Errorf("shutdown: %v", err)
 			}
 			if who == "b" {
 				if err := c["b"].forward.Close(testContext(t)); err != nil {

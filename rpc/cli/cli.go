@@ -67,9 +67,15 @@ func Commands(m *Meta) map[string]hcli.CommandFactory {
 	return map[string]hcli.CommandFactory{
 		"consume": verb(&consumeCommand{Meta: m}),
 		"produce": verb(&produceCommand{Meta: m}),
-		"servers": verb(&serversCommand{question{Meta: m}}),
+		"leave":   verb(&leaveCommand{question: question{Meta: m}}),
+		"servers": verb(&serversCommand{question: question{Meta: m}}),
 		"status":  verb(&statusCommand{question{Meta: m}}),
 		"version": verb(&versionCommand{Meta: m}),
+
+		"operator raft list-peers":          verb(&listPeersCommand{question: question{Meta: m}}),
+		"operator raft add-peer":            verb(&addPeerCommand{question: question{Meta: m}}),
+		"operator raft remove-peer":         verb(&removePeerCommand{question: question{Meta: m}}),
+		"operator raft transfer-leadership": verb(&transferCommand{question: question{Meta: m}}),
 	}
 }
 
@@ -186,8 +192,8 @@ func (m *Meta) interrupts() (<-chan os.Signal, func()) {
 }
 
 // withClient dials addr and runs f.
-func (m *Meta) withClient(addr string, f func(*client.Client) int) int {
-	c, err := client.Dial(addr, m.DialOptions...)
+func (m *Meta) withClient(addr string, f func(*client.Client) int, opts ...client.Option) int {
+	c, err := client.Dial(addr, append(opts, m.DialOptions...)...)
 	if err != nil {
 		m.errorf("%s", err)
 		return ExitUsage

@@ -119,12 +119,12 @@ func TestUsage(t *testing.T) {
 		stdout []string // nil: must be empty
 		stderr []string
 	}{
-		{"", 1, nil, []string{"Usage: diurna", "produce", "debug segment  Look into a segment"}},
+		{"", 1, nil, []string{"Usage: diurna", "produce", "debug segment                      Look into a segment"}},
 		{"-help", 0, []string{"Usage: diurna", "consume"}, nil},
 		{"-version", 0, []string{"diurna " + Version}, nil},
 		{"produce -help", 0, []string{"Usage: diurna produce", "-expected-offset=<offset>", "DIURNA_ADDR", "Examples:", "Default 5ms"}, nil},
 		{"consume -h", 0, []string{"Usage: diurna consume", "-from=<start>", "Examples:"}, nil},
-		{"status -help", 0, []string{"Usage: diurna status", "2 when it is not"}, nil},
+		{"status -help", 0, []string{"Usage: diurna status", "2 when something is not"}, nil},
 		{"servers -help", 0, []string{"Usage: diurna servers"}, nil},
 		{"prodcue", 1, nil, []string{`unknown command "prodcue"`, "Did you mean produce?"}},
 		{"xyzzy", 1, nil, []string{`unknown command "xyzzy". Run`}},
@@ -149,6 +149,17 @@ func TestUsage(t *testing.T) {
 		{"consume -from soon", 1, nil, []string{"-from soon: want earliest"}},
 		{"consume -from earlist", 1, nil, []string{"Did you mean earliest?"}},
 		{"consume -from -10", 1, nil, []string{"say last:10"}},
+		{"leave -help", 0, []string{"Usage: diurna leave", "SIGTERM", "Examples:"}, nil},
+		{"operator", 1, nil, []string{"raft"}},
+		{"operator raft list-peers -help", 0, []string{"Usage: diurna operator raft list-peers", "-stale", "Examples:"}, nil},
+		{"operator raft add-peer -help", 0, []string{"Usage: diurna operator raft add-peer", "Examples:"}, nil},
+		{"operator raft remove-peer -help", 0, []string{"Usage: diurna operator raft remove-peer", "Examples:"}, nil},
+		{"operator raft transfer-leadership -help", 0, []string{"Usage: diurna operator raft transfer-leadership", "Examples:"}, nil},
+		{"operator raft add-peer -peer-id a", 1, nil, []string{"both -peer-id and -peer-address are needed"}},
+		{"operator raft remove-peer", 1, nil, []string{"say which node: -peer-id or -peer-address"}},
+		{"operator raft remove-peer -peer-id a -peer-address b:1", 1, nil, []string{"-peer-id and -peer-address cannot be used together"}},
+		{"leave -addr a,b", 1, nil, []string{"it must be clear which node is to leave"}},
+		{"leave -addr a -addr b", 1, nil, []string{"it must be clear which node is to leave"}},
 		{"version -json x", 1, nil, []string{`unexpected argument "x"`}},
 		{"status -timeout -1s", 1, nil, []string{"want a duration"}},
 	} {
@@ -199,10 +210,10 @@ func unusedAddr(t *testing.T) string {
 
 func TestUnreachable(t *testing.T) {
 	addr := unusedAddr(t)
-	for _, verb := range []string{"produce", "consume", "servers", "status"} {
+	for _, verb := range []string{"produce", "consume", "servers", "status", "leave", "operator raft list-peers", "operator raft remove-peer -peer-id a", "operator raft transfer-leadership"} {
 		sh := newShell(nil, strings.NewReader("a\n"))
 		sh.env["DIURNA_ADDR"] = addr
-		if code := sh.run(verb); code != ExitServer {
+		if code := sh.run(strings.Fields(verb)...); code != ExitServer {
 			t.Errorf("%s: exit %d", verb, code)
 		}
 		contains(t, verb, sh.err.String(), "cannot reach a node at "+addr+": connection refused. Is one running? Start one with `diurna agent -dev`, or name another with -addr or DIURNA_ADDR.")
@@ -249,10 +260,10 @@ func TestServers(t *testing.T) {
 		t.Fatalf("exit %d: %s", code, sh.err.String())
 	}
 	want := "" +
-		"ID      NAME    ADDRESS        ROLE      LEADER  TERM  LAST CONTACT  APPLIED  FIRST  NEXT  VERSION\n" +
-		"id-a    first   10.0.0.1:8400  voter     yes     7     -             -        -      -     1.0\n" +
-		"id-b *  second  10.0.0.2:8400  voter     no      7     12ms          99       5      42    -\n" +
-		"id-c    -       10.0.0.3:8400  nonvoter  no      -     -             -        -      -     -\n"
+		"NAME    ID      ADDRESS        ROLE      LEADER  HEALTH  TERM  LAST CONTACT  APPLIED  FIRST  NEXT  VERSION\n" +
+		"first   id-a    10.0.0.1:8400  voter     yes     -       7     -             -        -      -     1.0\n" +
+		"second  id-b *  10.0.0.2:8400  voter     no      -       7     12ms          99       5      42    -\n" +
+		"-       id-c    10.0.0.3:8400  nonvoter  no      -       -     -             -        -      -     -\n"
 	if got := sh.out.String(); got != want {
 		t.Errorf("got\n%swant\n%s", got, want)
 	}
@@ -283,6 +294,13 @@ func TestStatus(t *testing.T) {
 			s.Health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
 		}, 2, []string{"NOT_SERVING"}, "says NOT_SERVING"},
 		{"no leader", func(s *clienttest.Server) { s.Nodes.Servers[0].Leader = false }, 2, []string{"Leader   none known"}, "knows no leader"},
+		{"removed", func(s *clienttest.Server) { s.Nodes.AnsweredBy = "id-x" }, 2, []string{"Leader   first"}, "is not in the cluster's configuration"},
+		{"fresh", func(s *clienttest.Server) { s.Nodes.Servers = nil }, 2, nil, "belongs to no cluster yet"},
+		{"voter unhealthy", func(s *clienttest.Server) { s.Nodes.Servers[0].Healthy = new(bool) }, 2, []string{"SERVING"}, "the voter first (id-a) is unhealthy"},
+		{"voters unhealthy", func(s *clienttest.Server) {
+			s.Nodes.Servers[0].Healthy, s.Nodes.Servers[1].Healthy = new(bool), new(bool)
+		}, 2, []string{"SERVING"}, "2 of 2 voters are unhealthy: first (id-a), second (id-b)"},
+		{"nonvoter unhealthy", func(s *clienttest.Server) { s.Nodes.Servers[2].Healthy = new(bool) }, 0, []string{"SERVING"}, ""},
 		{"empty log", func(s *clienttest.Server) { s.Nodes.Servers[1].FirstOffset = 42 }, 0, []string{"empty, the next offset is 42"}, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -21,6 +21,7 @@ type consumeCommand struct {
 	raw, nul, json       bool
 	separator            string
 	keySeparator         string
+	retry                time.Duration
 }
 
 func (c *consumeCommand) options() *flags.Set {
@@ -33,6 +34,8 @@ func (c *consumeCommand) options() *flags.Set {
 	f.Count(&c.max, "count", "count", "Stop after so many records. Default 0, no limit.")
 	f.Bool(&c.follow, "follow", "Do not stop at the end of the log; wait for more.")
 	f.Bool(&c.linearizable, "linearizable", "See every record that any node has acknowledged before now, for a round trip to a majority of the servers.")
+
+	retryFlag(f, &c.retry, "For how long -follow looks for another server, or the same one, when the connection breaks; it goes on where it was.")
 
 	f.Text(&c.separator, "separator", "text", "\n", "What to write after every record. Default a newline.")
 	f.Bool(&c.raw, "raw", "Write nothing but the values: what -separator '' does. A file sent with produce -file comes back byte for byte.")
@@ -99,7 +102,7 @@ func (c *consumeCommand) Run(args []string) int {
 	if c.nul {
 		c.separator = "\x00"
 	}
-	return c.withClient(c.addr, func(cl *client.Client) int { return c.consume(cl, start) })
+	return c.withClient(c.addr, func(cl *client.Client) int { return c.consume(cl, start) }, client.WithRetry(c.retry))
 }
 
 // consume copies in a goroutine of its own, so that a second interrupt ends

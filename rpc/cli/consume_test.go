@@ -183,7 +183,7 @@ func TestConsumeServerDies(t *testing.T) {
 	sh := newShell(s, nil)
 	reader, out := io.Pipe()
 	sh.Stdout = out
-	code := sh.start("consume", "-follow")
+	code := sh.start("consume", "-follow", "-retry", "0")
 	if _, err := io.ReadFull(reader, make([]byte, 4)); err != nil {
 		t.Fatal(err)
 	}

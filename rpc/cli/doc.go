@@ -1,5 +1,6 @@
-// Package cli is the command line of Diurna's clients: the verbs produce,
-// consume, servers, status and version, on hashicorp/cli.
+// Package cli is the command line of Diurna's clients, on hashicorp/cli: the
+// verbs produce, consume, servers, status, version, and for operators leave and
+// those under operator raft.
 //
 // A program is one call:
 //

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"syscall"
 
+	"google.golang.org/grpc/codes"
+
 	"github.com/diurnalog/diurna/rpc/client"
 )
 
@@ -42,6 +44,10 @@ func explain(err error) string {
 		advice = "Is one running? Start one with `diurna agent -dev`, or name another with -addr or DIURNA_ADDR."
 	case client.ReasonConnectionLost:
 		advice = "Is the node still up? `diurna status` tells."
+	case client.ReasonNotLeader:
+		if a := e.Metadata["leader_address"]; a != "" {
+			advice = fmt.Sprintf("Try again, or ask the leader with -addr %s.", a)
+		}
 	case client.ReasonOffsetOutOfRange:
 		first, ok1 := e.Uint("first")
 		next, ok2 := e.Uint("next")
@@ -54,6 +60,9 @@ func explain(err error) string {
 		}
 	case client.ReasonTimeout:
 		advice = fmt.Sprintf("`diurna status -addr %s` tells whether the cluster has a leader.", e.Addr)
+	}
+	if e.Code == codes.Unimplemented {
+		advice = "The node does not offer this: is it of the same version, and is it a Diurna node?"
 	}
 	if e.Reason != "" && e.Reason != client.ReasonUnreachable && e.Reason != client.ReasonConnectionLost {
 		text += " (" + e.Reason + ")"

@@ -1,6 +1,8 @@
 package cli
 
 import (
+	"time"
+
 	"github.com/diurnalog/diurna/rpc/cli/flags"
 	"github.com/diurnalog/diurna/rpc/client"
 )
@@ -19,8 +21,21 @@ func addrFlag(f *flags.Set, m *Meta, p *string) {
 			def = v
 		}
 	}
-	f.Text(p, "addr", "host:port", def,
-		"Address of any node of the cluster. Default "+DefaultAddr+", or what "+envAddr+" says; the port may be left out when it is "+client.DefaultPort+".")
+	*p = def
+	given := false
+	f.Each(func(s string) error {
+		if given {
+			s = *p + "," + s
+		}
+		*p, given = s, true
+		return nil
+	}, "addr", "host:port",
+		"Address of any node of the cluster, or of several, with commas between or the option repeated: the next one is used when one cannot be reached. Default "+DefaultAddr+", or what "+envAddr+" says; the port may be left out when it is "+client.DefaultPort+".")
+}
+
+// retryFlag is the option of verbs that outlive a node.
+func retryFlag(f *flags.Set, p *time.Duration, what string) {
+	f.Duration(p, "retry", client.DefaultRetry, what+" 0 gives up at once. Default "+client.DefaultRetry.String()+".")
 }
 
 func logFlag(f *flags.Set, p *string) {

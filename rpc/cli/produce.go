@@ -22,7 +22,7 @@ type produceCommand struct {
 	batchRecords            uint64
 	batchBytes, maxInFlight uint64
 	maxRecord               uint64
-	linger, timeout         time.Duration
+	linger, timeout, retry  time.Duration
 	expected                *uint64
 }
 
@@ -58,6 +58,7 @@ func (c *produceCommand) options() *flags.Set {
 	f.Size(&c.maxRecord, "max-record-bytes", 1<<20, "Largest record. A larger one is an error before it is sent. The server has a limit of its own. Default 1MiB.")
 	f.Duration(&c.timeout, "timeout", 30*time.Second, "Give up when the server acknowledges nothing for so long; also how long to wait for acknowledgements after an interrupt. 0 waits for ever. Default 30s.")
 
+	retryFlag(f, &c.retry, "For how long to try again what was definitely not appended, when a server fails or there is no leader.")
 	f.Bool(&c.printOffsets, "print-offsets", "Print the offset of every record, one a line, in the order of the input, once it is acknowledged.")
 	f.Bool(&c.quiet, "quiet", "No progress and no summary; errors are still told.")
 	return f
@@ -71,10 +72,11 @@ Appends records to a log. Every line of standard input is a record; the newline
 is not part of it. A last line without a newline is a record as well.
 
 A record that is acknowledged is on disk on a majority of the servers. The
-summary, on standard error, says how many are, and at which offsets. When the
-server fails on the way, it says as well how many records were definitely not
-appended, and of how many that is unknown: nothing is ever sent twice, so look
-for those in the log before you send them again.
+summary, on standard error, says how many are, and at which offsets. When a
+server fails on the way, the rest goes to the next one. Only records of which
+it is unknown whether they were appended end it: nothing is ever appended
+twice, so look for those in the log before you send them again. The summary
+says how many they are, and how many were definitely not appended.
 
 Interrupt (Ctrl-C) or terminate it to stop: what was read so far is still sent
 and waited for. A second interrupt gives up at once.
@@ -131,7 +133,7 @@ func (c *produceCommand) Run(args []string) int {
 	if err != nil {
 		return c.usage("produce", err)
 	}
-	return c.withClient(c.addr, c.produce)
+	return c.withClient(c.addr, c.produce, client.WithRetry(c.retry))
 }
 
 func (c *produceCommand) source() source {

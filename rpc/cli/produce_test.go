@@ -188,7 +188,7 @@ func TestProduceServerDiesWhileIdle(t *testing.T) {
 	sh := newShell(s, in)
 	reader, out := io.Pipe()
 	sh.Stdout = out
-	code := sh.start("produce", "-print-offsets")
+	code := sh.start("produce", "-print-offsets", "-retry", "0")
 	if _, err := io.WriteString(typist, "a\n"); err != nil {
 		t.Fatal(err)
 	}
@@ -215,7 +215,7 @@ func TestProduceRefused(t *testing.T) {
 	}
 	s.Start(t)
 	sh := newShell(s, strings.NewReader("a\nb\nc\n"))
-	if code := sh.run("produce", "-batch-records", "1"); code != ExitServer {
+	if code := sh.run("produce", "-batch-records", "1", "-retry", "0"); code != ExitServer {
 		t.Errorf("exit %d", code)
 	}
 	contains(t, "stderr", sh.err.String(), "Error: no leader (NO_LEADER). Try again.", "1 record acknowledged, offset 0,", "0 unknown")

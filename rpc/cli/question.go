@@ -26,10 +26,15 @@ func (q *question) options() *flags.Set {
 }
 
 // ask takes the verb's arguments and calls put, in the time there is.
-func (q *question) ask(verb string, args []string, put func(context.Context, *client.Client) int) int {
-	if err := q.options().Parse(args); err != nil {
+func (q *question) ask(verb string, f *flags.Set, args []string, put func(context.Context, *client.Client) int) int {
+	if err := f.Parse(args); err != nil {
 		return q.usage(verb, err)
 	}
+	return q.answer(put)
+}
+
+// answer calls put, in the time there is.
+func (q *question) answer(put func(context.Context, *client.Client) int) int {
 	return q.withClient(q.addr, func(c *client.Client) int {
 		interrupted, stop := q.untilInterrupted()
 		defer stop()

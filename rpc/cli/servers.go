@@ -7,18 +7,29 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/diurnalog/diurna/rpc/cli/flags"
 	"github.com/diurnalog/diurna/rpc/client"
 )
 
-type serversCommand struct{ question }
+type serversCommand struct {
+	question
+	local bool
+}
+
+func (c *serversCommand) options() *flags.Set {
+	f := c.question.options()
+	f.Bool(&c.local, "local", "Ask nobody but the one node, and tell what it knows.")
+	return f
+}
 
 func (c *serversCommand) Synopsis() string { return "List the nodes of the cluster" }
 
 func (c *serversCommand) Help() string {
 	return c.options().Help("diurna servers [options]", `
-Lists the nodes of the cluster as one of them knows them; a * marks the one
-that answered. Offsets are those of the default log and, like the applied
-index, known only of some nodes; a - stands for what is not known.
+Lists the nodes of the cluster; a * marks the one that was asked. What it does
+not know of the others it has from themselves, as far as they can be reached
+from here, and whether they are healthy from the leader. Offsets are those of
+the default log. A - stands for what is not known.
 `, `
 Examples:
 
@@ -33,10 +44,13 @@ Examples:
 }
 
 func (c *serversCommand) Run(args []string) int {
-	return c.ask("servers", args, func(ctx context.Context, cl *client.Client) int {
+	return c.ask("servers", c.options(), args, func(ctx context.Context, cl *client.Client) int {
 		list, err := cl.Servers(ctx)
 		if err != nil {
 			return c.failed(err)
+		}
+		if !c.local {
+			c.askOthers(ctx, &list)
 		}
 		if c.json {
 			return c.printJSON(toServersJSON(list))
@@ -57,15 +71,17 @@ func serversTable(list client.ServerList) string {
 		// A strings.Builder takes everything.
 		_, _ = fmt.Fprintln(w, strings.Join(cells, "\t"))
 	}
-	row("ID", "NAME", "ADDRESS", "ROLE", "LEADER", "TERM", "LAST CONTACT", "APPLIED", "FIRST", "NEXT", "VERSION")
+	row("NAME", "ID", "ADDRESS", "ROLE", "LEADER", "HEALTH", "TERM", "LAST CONTACT", "APPLIED", "FIRST", "NEXT", "VERSION")
 	for _, s := range list.Servers {
 		id := s.ID
-		first, next := "", ""
 		if id == list.AnsweredBy {
 			id += " *"
+		}
+		first, next := "", ""
+		if offsetsKnown(list, s) {
 			first, next = fmt.Sprint(s.FirstOffset), fmt.Sprint(s.HighWatermark)
 		}
-		row(id, s.Name, s.Address, role(s), yes(s.Leader), number(s.Term), contact(s.LastContact), number(s.AppliedIndex), first, next, s.Version)
+		row(s.Name, id, s.Address, role(s), yes(s.Leader), health(s), number(s.Term), contact(s.LastContact), number(s.AppliedIndex), first, next, s.Version)
 	}
 	_ = w.Flush()
 	return b.String()
@@ -76,6 +92,27 @@ func role(s client.Server) string {
 		return "voter"
 	}
 	return "nonvoter"
+}
+
+// health is what the leader says of a node, with what the node says of itself
+// where that is out of the ordinary.
+func health(s client.Server) string {
+	text := ""
+	if s.Healthy != nil {
+		text = "unhealthy"
+		if *s.Healthy {
+			text = "healthy"
+		}
+	}
+	if s.State != "" && s.State != "member" {
+		text = strings.TrimPrefix(text+", "+s.State, ", ")
+	}
+	return text
+}
+
+// offsetsKnown: a node knows its own, and one that was asked has told them.
+func offsetsKnown(list client.ServerList, s client.Server) bool {
+	return s.ID == list.AnsweredBy || s.HighWatermark > 0
 }
 
 func yes(b bool) string {
@@ -116,6 +153,12 @@ type serverJSON struct {
 	FirstOffset   *uint64 `json:"first_offset,omitempty"`
 	HighWatermark *uint64 `json:"high_watermark,omitempty"`
 	Version       string  `json:"version,omitempty"`
+	// Healthy is left out where it is not known.
+	Healthy        *bool      `json:"healthy,omitempty"`
+	StableSince    *time.Time `json:"stable_since,omitempty"`
+	State          string     `json:"state,omitempty"`
+	CatalogAddress string     `json:"catalog_address,omitempty"`
+	Build          string     `json:"build,omitempty"`
 }
 
 func toServersJSON(list client.ServerList) serversJSON {
@@ -124,8 +167,12 @@ func toServersJSON(list client.ServerList) serversJSON {
 		j := serverJSON{
 			ID: s.ID, Name: s.Name, Address: s.Address, Role: role(s), Leader: s.Leader, Term: s.Term,
 			LastContact: contact(s.LastContact), AppliedIndex: s.AppliedIndex, Version: s.Version,
+			Healthy: s.Healthy, State: s.State, CatalogAddress: s.CatalogAddress, Build: s.Build,
 		}
-		if s.ID == list.AnsweredBy {
+		if !s.StableSince.IsZero() {
+			j.StableSince = &s.StableSince
+		}
+		if offsetsKnown(list, s) {
 			j.FirstOffset, j.HighWatermark = &s.FirstOffset, &s.HighWatermark
 		}
 		out.Servers = append(out.Servers, j)

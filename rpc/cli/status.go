@@ -16,11 +16,12 @@ func (c *statusCommand) Synopsis() string { return "Tell whether a node is healt
 
 func (c *statusCommand) Help() string {
 	return c.options().Help("diurna status [options]", `
-Tells how one node is and what it knows of its cluster. The node is healthy
-when it says that it serves and knows a leader: then it takes records.
+Tells how one node is, and its cluster. All is well when the node serves, belongs
+to the cluster, knows a leader, and the leader finds no voter unhealthy; if not,
+it says what is wrong.
 
-Exits 0 when the node is healthy, 2 when it is not or cannot be reached, and 1
-when the command was called wrongly.
+Exits 0 when all is well, 2 when something is not or the node cannot be reached,
+and 1 when the command was called wrongly.
 `, `
 Examples:
 
@@ -34,21 +35,23 @@ Examples:
 type nodeStatus struct {
 	Address string `json:"address"`
 	Healthy bool   `json:"healthy"`
-	// Problem says why the node is not healthy.
-	Problem string      `json:"problem,omitempty"`
-	Health  string      `json:"health,omitempty"`
-	Self    *serverJSON `json:"self,omitempty"`
-	Leader  *serverJSON `json:"leader,omitempty"`
-	Servers int         `json:"servers"`
-	Voters  int         `json:"voters"`
+	// Problem says why not all is well: Problems, as one text.
+	Problem  string      `json:"problem,omitempty"`
+	Problems []string    `json:"problems,omitempty"`
+	Health   string      `json:"health,omitempty"`
+	Self     *serverJSON `json:"self,omitempty"`
+	Leader   *serverJSON `json:"leader,omitempty"`
+	Servers  int         `json:"servers"`
+	Voters   int         `json:"voters"`
 }
 
 func (c *statusCommand) Run(args []string) int {
-	return c.ask("status", args, func(ctx context.Context, cl *client.Client) int {
-		status, err := askStatus(ctx, cl)
+	return c.ask("status", c.options(), args, func(ctx context.Context, cl *client.Client) int {
+		status, err := c.askStatus(ctx, cl)
 		if err != nil {
-			status.Problem = explain(err)
+			status.Problems = []string{explain(err)}
 		}
+		status.Problem = strings.Join(status.Problems, "; ")
 		code := ExitServer
 		if status.Healthy {
 			code = ExitOK
@@ -66,9 +69,9 @@ func (c *statusCommand) Run(args []string) int {
 	})
 }
 
-func askStatus(ctx context.Context, cl *client.Client) (nodeStatus, error) {
-	status := nodeStatus{Address: cl.Addr()}
+func (c *statusCommand) askStatus(ctx context.Context, cl *client.Client) (nodeStatus, error) {
 	serving, health, err := cl.Health(ctx)
+	status := nodeStatus{Address: cl.Addr()} // after it is clear which one answers
 	if err != nil {
 		return status, err
 	}
@@ -78,7 +81,9 @@ func askStatus(ctx context.Context, cl *client.Client) (nodeStatus, error) {
 	if err != nil && (serving || !errors.As(err, &e)) {
 		return status, err
 	}
-	status.Servers = len(list.Servers)
+	c.askOthers(ctx, &list)
+	status.Servers, status.Voters = len(list.Servers), list.Voters()
+	var unhealthy []string
 	for i, s := range toServersJSON(list).Servers {
 		if s.ID == list.AnsweredBy {
 			status.Self = &s
@@ -86,18 +91,34 @@ func askStatus(ctx context.Context, cl *client.Client) (nodeStatus, error) {
 		if s.Leader {
 			status.Leader = &s
 		}
-		if list.Servers[i].Voter {
-			status.Voters++
+		if list.Servers[i].Voter && s.Healthy != nil && !*s.Healthy {
+			unhealthy = append(unhealthy, nameOf(&s))
 		}
 	}
-	switch {
-	case !serving:
-		status.Problem = fmt.Sprintf("the node at %s says %s", cl.Addr(), health)
-	case status.Leader == nil:
-		status.Problem = fmt.Sprintf("the node at %s knows no leader: one is being elected, or the quorum is lost", cl.Addr())
-	default:
-		status.Healthy = true
+	problem := func(format string, args ...any) {
+		status.Problems = append(status.Problems, fmt.Sprintf(format, args...))
 	}
+	if !serving {
+		problem("the node at %s says %s", cl.Addr(), health)
+	}
+	switch {
+	case err != nil && !serving: // it is on its way up or down
+	case status.Self == nil && len(list.Servers) == 0:
+		problem("the node at %s belongs to no cluster yet: it waits to find or to be added to one", cl.Addr())
+	case status.Self == nil:
+		problem("the node at %s is not in the cluster's configuration: it was removed, or not added yet", cl.Addr())
+	}
+	if status.Leader == nil && serving {
+		problem("the node at %s knows no leader: one is being elected, or the quorum is lost", cl.Addr())
+	}
+	switch len(unhealthy) {
+	case 0:
+	case 1:
+		problem("the voter %s is unhealthy: it is down, cut off, or far behind", unhealthy[0])
+	default:
+		problem("%d of %d voters are unhealthy: %s", len(unhealthy), status.Voters, strings.Join(unhealthy, ", "))
+	}
+	status.Healthy = len(status.Problems) == 0
 	return status, nil
 }
 

@@ -11,8 +11,10 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
 
 	v1 "github.com/diurnalog/diurna/rpc/v1"
 )
@@ -21,7 +23,9 @@ import (
 const DefaultPort = "8400"
 
 const (
-	connectTimeout = 5 * time.Second
+	connectTimeout = 3 * time.Second
+	// DefaultRetry is for how long calls are repeated that may be.
+	DefaultRetry = 30 * time.Second
 	// Far above any batch a server accepts, so that what could be stored can
 	// be read, and still a bound on what a broken server can make us hold.
 	maxMessageBytes = 64 << 20
@@ -34,10 +38,22 @@ type Record = v1.Record
 // and may repeat within a record.
 type Header = v1.Header
 
-// Client is a connection to a cluster. It is safe for concurrent use.
+// Client talks to a cluster through any of its nodes. It is safe for
+// concurrent use.
 type Client struct {
-	conn *grpc.ClientConn
-	addr string
+	endpoints []*endpoint
+	current   atomic.Int64 // index of the endpoint to use
+	// connected says that some node could be reached some time.
+	connected atomic.Bool
+	retry     time.Duration
+}
+
+// endpoint is a connection to one address.
+type endpoint struct {
+	client *Client
+	conn   *grpc.ClientConn
+	addr   string
+	index  int64
 	// Why the last attempt to connect failed; nil after one that worked. gRPC
 	// reports such failures only as text inside a status.
 	dialErr atomic.Pointer[error]
@@ -49,6 +65,7 @@ type Option func(*options)
 type options struct {
 	creds credentials.TransportCredentials
 	dial  func(ctx context.Context, addr string) (net.Conn, error)
+	retry time.Duration
 }
 
 // WithTransportCredentials secures the connection. Without it the connection
@@ -63,29 +80,60 @@ func WithDialer(dial func(ctx context.Context, addr string) (net.Conn, error)) O
 	return func(o *options) { o.dial = dial }
 }
 
-// Dial returns a client of the node at addr, "host:port" or "host" for the
-// default port; a name with several addresses is tried one by one. It does not
-// wait for the connection: calls report, with reason UNREACHABLE, that there
-// is none.
+// WithRetry sets for how long, within a call's context, what failed is tried
+// again where that can neither append twice nor leave anything out: because
+// there was no leader, say, or because a node was stopping. The default is
+// DefaultRetry; 0 repeats nothing.
+func WithRetry(d time.Duration) Option {
+	return func(o *options) { o.retry = max(d, 0) }
+}
+
+// Dial returns a client of the cluster whose nodes are at addr: "host:port", or
+// "host" for the default port, or several of those with commas between. A name
+// with several addresses is tried one by one. One node is used until it cannot
+// be reached, is stopping or knows no leader; then the next one is.
+//
+// Dial does not wait for a connection: calls report, with reason UNREACHABLE,
+// that there is none.
 func Dial(addr string, opts ...Option) (*Client, error) {
-	addr, err := withPort(addr)
-	if err != nil {
-		return nil, err
-	}
-	o := options{creds: insecure.NewCredentials(), dial: dialTCP}
+	o := options{creds: insecure.NewCredentials(), dial: dialTCP, retry: DefaultRetry}
 	for _, opt := range opts {
 		opt(&o)
 	}
-	c := &Client{addr: addr}
+	c := &Client{retry: o.retry}
+	for part := range strings.SplitSeq(addr, ",") {
+		ep := &endpoint{client: c, index: int64(len(c.endpoints))}
+		var err error
+		if ep.addr, err = withPort(strings.TrimSpace(part)); err == nil {
+			err = ep.connect(&o)
+		}
+		if err != nil {
+			return nil, errors.Join(err, c.Close())
+		}
+		c.endpoints = append(c.endpoints, ep)
+	}
+	return c, nil
+}
+
+func (ep *endpoint) connect(o *options) error {
+	var err error
 	// passthrough leaves the name to our dialer, so that a name that does not
 	// resolve is reported like an address that does not answer. No proxy: a
 	// node is never behind the one a machine uses for the web.
-	c.conn, err = grpc.NewClient("passthrough:///"+addr,
+	ep.conn, err = grpc.NewClient("passthrough:///"+ep.addr,
 		grpc.WithTransportCredentials(o.creds),
 		grpc.WithNoProxy(),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithDisableRetry(),
-		grpc.WithContextDialer(c.watchDial(o.dial)),
+		grpc.WithContextDialer(ep.watchDial(o.dial)),
+		// gRPC's own goes up to two minutes, long after a node is back.
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 1500 * time.Millisecond},
+			MinConnectTimeout: connectTimeout,
+		}),
+		// A machine that vanishes in the middle of a call says nothing either.
+		// Servers allow it as often as this.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
 		grpc.WithReadBufferSize(128<<10),
 		grpc.WithWriteBufferSize(128<<10),
 		grpc.WithDefaultCallOptions(
@@ -94,22 +142,35 @@ func Dial(addr string, opts ...Option) (*Client, error) {
 		),
 	)
 	if err != nil {
-		return nil, fmt.Errorf("dial %s: %w", addr, err)
-	}
-	return c, nil
-}
-
-// Close ends the connection and fails every call that is under way. Close
-// Producers and Consumers before it.
-func (c *Client) Close() error {
-	if err := c.conn.Close(); err != nil {
-		return fmt.Errorf("close connection to %s: %w", c.addr, err)
+		return fmt.Errorf("dial %s: %w", ep.addr, err)
 	}
 	return nil
 }
 
-// Addr is the address the client was made for, with its port.
-func (c *Client) Addr() string { return c.addr }
+// Close ends the connections and fails every call that is under way. Close
+// Producers and Consumers before it.
+func (c *Client) Close() error {
+	var errs []error
+	for _, ep := range c.endpoints {
+		if err := ep.conn.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("close connection to %s: %w", ep.addr, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Addr is the address that the next call goes to first, with its port: the
+// only one, or one of those that the client was made for.
+func (c *Client) Addr() string { return c.endpoint().addr }
+
+// Addrs are all addresses that the client was made for.
+func (c *Client) Addrs() []string {
+	var addrs []string
+	for _, ep := range c.endpoints {
+		addrs = append(addrs, ep.addr)
+	}
+	return addrs
+}
 
 func dialTCP(ctx context.Context, addr string) (net.Conn, error) {
 	d := net.Dialer{
@@ -117,23 +178,24 @@ func dialTCP(ctx context.Context, addr string) (net.Conn, error) {
 		// A machine that vanishes says nothing: without probes, a consumer
 		// that follows would wait for it for ever. TCP's own probes need no
 		// agreement with the server, unlike HTTP/2 pings.
-		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 4},
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 6 * time.Second, Interval: 2 * time.Second, Count: 3},
 	}
 	return d.DialContext(ctx, "tcp", addr)
 }
 
-func (c *Client) watchDial(dial func(context.Context, string) (net.Conn, error)) func(context.Context, string) (net.Conn, error) {
+func (ep *endpoint) watchDial(dial func(context.Context, string) (net.Conn, error)) func(context.Context, string) (net.Conn, error) {
 	return func(ctx context.Context, addr string) (net.Conn, error) {
 		conn, err := dial(ctx, addr)
 		if err != nil {
 			// Closing the client cancels a dial under way; that tells nothing
 			// about the address.
 			if !errors.Is(err, context.Canceled) {
-				c.dialErr.Store(&err)
+				ep.dialErr.Store(&err)
 			}
 			return nil, err
 		}
-		c.dialErr.Store(nil)
+		ep.dialErr.Store(nil)
+		ep.client.connected.Store(true)
 		return conn, nil
 	}
 }

@@ -19,10 +19,10 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // connect starts s and dials it.
-func connect(t *testing.T, s *clienttest.Server) *Client {
+func connect(t *testing.T, s *clienttest.Server, opts ...Option) *Client {
 	t.Helper()
 	s.Start(t)
-	c, err := Dial("fake:1", WithDialer(s.Dialer()))
+	c, err := Dial("fake:1", append(opts, WithDialer(s.Dialer()))...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -117,7 +117,7 @@ func TestDefinite(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			s := clienttest.New()
 			s.OnBatch = func(context.Context, int, *v1.ProduceRequest) error { return tc.answer }
-			c := connect(t, s)
+			c := connect(t, s, WithRetry(0))
 			_, err := c.Produce(testContext(t), values("a"))
 			var e *Error
 			if !errors.As(err, &e) || e.Definite != tc.definite || e.Reason != tc.reason {

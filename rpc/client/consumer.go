@@ -105,17 +105,30 @@ type ConsumedHeader struct {
 
 // Consumer reads records one by one. It is for one goroutine, except that
 // Close may be called from any.
+//
+// One that follows outlives a node: when its stream breaks it goes on, at the
+// next offset, with another, for as long as WithRetry allows without one. No
+// record is left out or comes twice.
 type Consumer struct {
 	client *Client
-	stream grpc.ClientStream
 	cancel context.CancelFunc
 	onIdle func()
+
+	// Of receive.
+	opts     ConsumeOptions
+	stream   grpc.ClientStream
+	ep       *endpoint
+	attempts attempts
+	begun    bool   // a message has come
+	first    uint64 // offset of the first record there is, once begun
+	wanted   uint64 // ConsumeOptions.MaxRecords
 
 	full chan *received // filled, to be read; closed at the end
 	free chan *received // read, to be filled
 	done chan struct{}  // closed when receive has ended
-	// Why the stream ended, nil at its regular end; read after full is closed.
-	ended error
+	// Why the last stream ended, nil at its regular end; read after full is
+	// closed.
+	ended *Error
 
 	current *received
 	walk    walker
@@ -123,7 +136,7 @@ type Consumer struct {
 
 	next      uint64 // the offset to come, meaningful if known
 	known     bool
-	started   bool // a record was returned
+	started   bool // a record was returned, and of the stream at hand
 	end       *uint64
 	remaining uint64 // records still wanted
 	limited   bool
@@ -133,50 +146,72 @@ type Consumer struct {
 // Consume starts a read. The read ends with ctx, or with Close, which must be
 // called in any case.
 func (c *Client) Consume(ctx context.Context, opts ConsumeOptions) (*Consumer, error) {
-	req := &v1.ConsumeRequest{
-		Log:          opts.Log,
-		EndOffset:    opts.End,
-		MaxRecords:   opts.MaxRecords,
-		MaxBytes:     opts.MessageBytes,
-		Follow:       opts.Follow,
-		Linearizable: opts.Linearizable,
-	}
-	opts.Start.apply(req)
-
 	ctx, cancel := context.WithCancel(ctx)
-	stream, err := c.conn.NewStream(ctx, &v1.Log_ServiceDesc.Streams[1], v1.Log_ConsumeStream_FullMethodName, grpc.ForceCodecV2(wireCodec))
-	if err != nil {
-		cancel()
-		return nil, c.wrap(err, false)
-	}
-	err = stream.SendMsg(req)
-	if err == nil {
-		err = stream.CloseSend()
-	}
-	if err != nil && !errors.Is(err, io.EOF) { // after EOF the reason is received below
-		cancel()
-		return nil, c.wrap(err, true)
-	}
 	r := &Consumer{
 		client:    c,
-		stream:    stream,
 		cancel:    cancel,
 		onIdle:    opts.OnIdle,
+		opts:      opts,
+		attempts:  attempts{client: c},
 		full:      make(chan *received, consumerMessages),
 		free:      make(chan *received, consumerMessages),
 		done:      make(chan struct{}),
 		end:       opts.End,
 		remaining: opts.MaxRecords,
 		limited:   opts.MaxRecords > 0,
+		wanted:    opts.MaxRecords,
 	}
 	if opts.Start.kind == startOffset {
 		r.next, r.known = opts.Start.number, true
+	}
+	if err := r.connect(ctx); err != nil {
+		cancel()
+		return nil, err
 	}
 	for range consumerMessages {
 		r.free <- new(received)
 	}
 	go r.receive(ctx)
 	return r, nil
+}
+
+// connect starts a stream, at whichever node can be reached.
+func (r *Consumer) connect(ctx context.Context) error {
+	for {
+		e := r.open(ctx)
+		if e == nil {
+			return nil
+		}
+		if !r.attempts.again(ctx, r.ep, e) {
+			return e
+		}
+	}
+}
+
+func (r *Consumer) open(ctx context.Context) *Error {
+	req := &v1.ConsumeRequest{
+		Log:          r.opts.Log,
+		EndOffset:    r.opts.End,
+		MaxRecords:   r.opts.MaxRecords,
+		MaxBytes:     r.opts.MessageBytes,
+		Follow:       r.opts.Follow,
+		Linearizable: r.opts.Linearizable,
+	}
+	r.opts.Start.apply(req)
+	r.ep = r.client.endpoint()
+	stream, err := r.ep.conn.NewStream(ctx, &v1.Log_ServiceDesc.Streams[1], v1.Log_ConsumeStream_FullMethodName, grpc.ForceCodecV2(wireCodec))
+	if err != nil {
+		return r.ep.wrap(err, false)
+	}
+	err = stream.SendMsg(req)
+	if err == nil {
+		err = stream.CloseSend()
+	}
+	if err != nil && !errors.Is(err, io.EOF) { // after EOF the reason is received
+		return r.ep.wrap(err, true)
+	}
+	r.stream = stream
+	return nil
 }
 
 // consumerMessages is how many messages are held: one being read, one waiting,
@@ -186,22 +221,69 @@ const consumerMessages = 3
 func (r *Consumer) receive(ctx context.Context) {
 	defer close(r.done)
 	defer close(r.full)
+	fresh := false // the stream is not the first, and nothing has come of it yet
 	for {
 		var m *received
 		select {
 		case m = <-r.free:
 		case <-ctx.Done():
-			r.ended = status.FromContextError(ctx.Err()).Err()
+			r.ended = r.ep.wrap(status.FromContextError(ctx.Err()).Err(), true)
 			return
 		}
-		if err := r.stream.RecvMsg(m); err != nil {
-			if !errors.Is(err, io.EOF) {
-				r.ended = err
+		err := r.stream.RecvMsg(m)
+		for ; err != nil; err = r.stream.RecvMsg(m) {
+			if errors.Is(err, io.EOF) {
+				return
 			}
+			r.ended = r.ep.wrap(err, true)
+			if !r.opts.Follow || !r.resumable(r.ended) || !r.attempts.again(ctx, r.ep, r.ended) {
+				return
+			}
+			if e, ok := asError(r.connect(ctx)); ok {
+				r.ended = e
+				return
+			}
+			fresh = true
+		}
+		r.ended = nil
+		r.attempts.succeeded()
+		m.fresh, fresh = fresh, false
+		if err := r.note(m.buf); err != nil {
+			r.ended = r.ep.protocolError(false, "a response could not be decoded: %v", err)
 			return
 		}
 		r.full <- m // has room for every message there is
 	}
+}
+
+// resumable reports whether another stream may do better than one that ended
+// with e.
+func (r *Consumer) resumable(e *Error) bool { return r.client.retry > 0 && e.elsewhere() }
+
+// note remembers where to go on after a message.
+func (r *Consumer) note(message []byte) error {
+	p, err := placeOf(message)
+	if err != nil {
+		return err
+	}
+	if !r.begun {
+		r.begun, r.first = true, p.next
+		if p.batches {
+			r.first = p.base
+			if r.opts.Start.kind == startOffset { // in the middle of a batch, perhaps
+				r.first = max(p.base, r.opts.Start.number)
+			}
+		}
+	}
+	r.opts.Start = AtOffset(p.next)
+	r.opts.Linearizable = false // has been waited for
+	if r.limited {
+		// 0 would mean no limit.
+		taken := p.next - min(r.first, p.next)
+		r.opts.MaxRecords = max(r.wanted, taken+1) - taken
+		r.opts.Follow = r.opts.Follow && taken < r.wanted
+	}
+	return nil
 }
 
 // Next moves to the next record and waits for it if need be. It returns false
@@ -210,7 +292,7 @@ func (r *Consumer) Next() bool {
 	for r.err == nil && !r.stopped {
 		ok, err := r.walk.next()
 		if err != nil {
-			return r.fail(r.client.protocolError(false, "a response could not be decoded: %v", err))
+			return r.fail(r.protocolError("a response could not be decoded: %v", err))
 		}
 		if ok {
 			if deliver := r.check(r.walk.record.Offset); deliver {
@@ -237,7 +319,7 @@ func (r *Consumer) check(offset uint64) bool {
 		return false // the batch that holds the start also holds what is before it
 	case r.known && offset != r.next:
 		return r.fail(&Error{
-			Code: codes.DataLoss, Reason: ReasonProtocol, Addr: r.client.addr,
+			Code: codes.DataLoss, Reason: ReasonProtocol, Addr: r.client.Addr(),
 			Message: "the server sent offset " + strconv.FormatUint(offset, 10) + " where " + strconv.FormatUint(r.next, 10) + " is due",
 		})
 	}
@@ -267,14 +349,17 @@ func (r *Consumer) nextMessage() bool {
 	if !ok {
 		r.stopped = true
 		if r.ended != nil {
-			return r.fail(r.client.wrap(r.ended, true))
+			return r.fail(r.ended)
 		}
 		return false
 	}
 	r.current = m
+	if m.fresh {
+		r.started = false
+	}
 	next, err := r.walk.reset(m.buf)
 	if err != nil {
-		return r.fail(r.client.protocolError(false, "a response could not be decoded: %v", err))
+		return r.fail(r.protocolError("a response could not be decoded: %v", err))
 	}
 	// A message without records says how far the read has come: past a start
 	// that only the server can place, such as the end.
@@ -282,6 +367,10 @@ func (r *Consumer) nextMessage() bool {
 		r.next, r.known = *next, true
 	}
 	return true
+}
+
+func (r *Consumer) protocolError(format string, args ...any) *Error {
+	return r.client.endpoint().protocolError(false, format, args...)
 }
 
 func (r *Consumer) fail(err error) bool {

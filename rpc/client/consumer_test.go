@@ -211,7 +211,7 @@ func TestConsumeErrors(t *testing.T) {
 func TestConsumeServerKilled(t *testing.T) {
 	s := clienttest.New()
 	s.Append(values("a")...)
-	c := connect(t, s)
+	c := connect(t, s, WithRetry(0))
 	r := consume(t, c, ConsumeOptions{Follow: true})
 	if !r.Next() {
 		t.Fatal(r.Err())

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
@@ -32,6 +33,11 @@ const (
 	ReasonShuttingDown     = "SHUTTING_DOWN"  // next_offset, for reads
 	ReasonCorrupt          = "CORRUPT"        // file, position
 	ReasonDenied           = "DENIED"         // subject, object, action
+	ReasonDiskFull         = "DISK_FULL"
+	ReasonWouldLoseQuorum  = "WOULD_LOSE_QUORUM" // voters, healthy
+	ReasonUnknownServer    = "UNKNOWN_SERVER"    // id
+	ReasonNotAVoter        = "NOT_A_VOTER"       // id
+	ReasonForeignCluster   = "FOREIGN_CLUSTER"   // cluster_id
 
 	// ReasonUnreachable: no connection could be made.
 	ReasonUnreachable = "UNREACHABLE"
@@ -65,9 +71,13 @@ type Error struct {
 	Message, Advice string
 	// Definite says, of a produce, that nothing of what the error stands for
 	// was or will be appended. When it is false the outcome is unknown: look
-	// for the records before sending them again. Reads append nothing.
+	// for the records before sending them again. Reads append nothing. Of a
+	// change to the cluster it says that it was and will not be made.
 	Definite bool
-	// Addr is the address the client was dialled with.
+	// RetryAfter is how long the server asks to wait before trying again; 0
+	// where it does not say.
+	RetryAfter time.Duration
+	// Addr is the address of the node that was asked.
 	Addr string
 
 	cause error
@@ -99,16 +109,16 @@ func (e *Error) Retryable() bool {
 
 // wrap turns the error of a gRPC call into an *Error. sent says whether
 // anything that could append had been handed to the connection before.
-func (c *Client) wrap(err error, sent bool) *Error {
+func (ep *endpoint) wrap(err error, sent bool) *Error {
 	var already *Error
 	if errors.As(err, &already) {
 		return already
 	}
 	if errors.Is(err, io.EOF) {
-		return c.protocolError(sent, "the server ended the call without an answer")
+		return ep.protocolError(sent, "the server ended the call without an answer")
 	}
 	st := status.Convert(err)
-	e := &Error{Code: st.Code(), Message: st.Message(), Addr: c.addr}
+	e := &Error{Code: st.Code(), Message: st.Message(), Addr: ep.addr}
 	var known bool
 	for _, d := range st.Details() {
 		switch d := d.(type) {
@@ -118,6 +128,8 @@ func (c *Client) wrap(err error, sent bool) *Error {
 			}
 		case *errdetails.LocalizedMessage:
 			e.Advice = d.Message
+		case *errdetails.RetryInfo:
+			e.RetryAfter = d.GetRetryDelay().AsDuration()
 		}
 	}
 	if known {
@@ -131,13 +143,13 @@ func (c *Client) wrap(err error, sent bool) *Error {
 	switch e.Code {
 	case codes.Unavailable:
 		why := e.Message
-		if dialErr := c.dialErr.Load(); dialErr != nil {
+		if dialErr := ep.dialErr.Load(); dialErr != nil {
 			e.cause, why = *dialErr, rootCause(*dialErr)
 		}
 		if sent {
-			e.Reason, e.Message = ReasonConnectionLost, fmt.Sprintf("lost the connection to %s: %s", c.addr, why)
+			e.Reason, e.Message = ReasonConnectionLost, fmt.Sprintf("lost the connection to %s: %s", ep.addr, why)
 		} else {
-			e.Reason, e.Message = ReasonUnreachable, fmt.Sprintf("cannot reach a node at %s: %s", c.addr, why)
+			e.Reason, e.Message = ReasonUnreachable, fmt.Sprintf("cannot reach a node at %s: %s", ep.addr, why)
 		}
 	case codes.DeadlineExceeded:
 		e.Reason, e.cause = ReasonTimeout, context.DeadlineExceeded
@@ -149,18 +161,18 @@ func (c *Client) wrap(err error, sent bool) *Error {
 	return e
 }
 
-func (c *Client) protocolError(sent bool, format string, args ...any) *Error {
+func (ep *endpoint) protocolError(sent bool, format string, args ...any) *Error {
 	return &Error{
 		Code:     codes.Internal,
 		Reason:   ReasonProtocol,
 		Message:  fmt.Sprintf(format, args...),
 		Definite: !sent,
-		Addr:     c.addr,
+		Addr:     ep.addr,
 	}
 }
 
-func (c *Client) timeoutError(cause error, message string) *Error {
-	e := &Error{Code: codes.DeadlineExceeded, Reason: ReasonTimeout, Message: message, Addr: c.addr, cause: cause}
+func (ep *endpoint) timeoutError(cause error, message string) *Error {
+	e := &Error{Code: codes.DeadlineExceeded, Reason: ReasonTimeout, Message: message, Addr: ep.addr, cause: cause}
 	if errors.Is(cause, context.Canceled) {
 		e.Code = codes.Canceled
 	}

@@ -55,6 +55,14 @@ func (o *Outcome) settle(e *Error, acked int, sent []*batch) {
 	}
 }
 
+// nothingAfter reports whether e, which is definite and ended a stream after so
+// many acknowledgements, leaves no doubt that none of the batches after them
+// was appended.
+func (e *Error) nothingAfter(acked int) bool {
+	request, told := e.Uint(metaRequest)
+	return (!told || request == uint64(acked)) && e.Metadata[metaAppendedAfter] == "" && e.Metadata[metaUnknownAfter] == ""
+}
+
 type ranges [][2]uint64
 
 func (r ranges) contain(n uint64) bool {

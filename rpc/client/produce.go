@@ -41,8 +41,10 @@ func ExpectOffset(offset uint64) ProduceOption {
 }
 
 // Produce appends records as one batch, whole or not at all, and returns once
-// it is durable on a quorum. It is sent at most once; an *Error whose Definite
-// is false means that it may have been appended.
+// it is durable on a quorum. It is never appended twice: it is sent again, for
+// as long as WithRetry allows, only where it was definitely not appended and
+// the reason will pass, or where ExpectOffset makes it safe. An *Error whose
+// Definite is false means that it may have been appended.
 func (c *Client) Produce(ctx context.Context, records []*Record, opts ...ProduceOption) (Ack, error) {
 	var o produceOptions
 	for _, opt := range opts {
@@ -63,26 +65,56 @@ func (c *Client) Produce(ctx context.Context, records []*Record, opts ...Produce
 		buf = appendRecord(buf, r, RecordSize(r))
 	}
 
-	// Not Invoke: opening and sending are told apart here, because what fails
-	// before the send was definitely not appended.
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	stream, err := c.conn.NewStream(ctx, &grpc.StreamDesc{}, v1.Log_Produce_FullMethodName, grpc.ForceCodecV2(wireCodec))
-	if err != nil {
-		return Ack{}, c.wrap(err, false)
+	a := attempts{client: c}
+	doubt := false // an earlier attempt may have appended it
+	for {
+		ep := c.endpoint()
+		ack, e := ep.produce(ctx, buf, len(records))
+		if e == nil {
+			return ack, nil
+		}
+		if doubt {
+			e = inDoubt(e, *o.expected)
+		}
+		if !e.Definite && o.expected != nil && e.Reason != ReasonOffsetMismatch && e.Reason != ReasonProtocol {
+			// At that offset there is room for one: it can be sent again.
+			doubt = true
+			retry := *e
+			retry.Code = codes.Unavailable
+			if a.again(ctx, ep, &retry) {
+				continue
+			}
+			return Ack{}, e
+		}
+		if !e.Definite || !a.again(ctx, ep, e) {
+			return Ack{}, e
+		}
 	}
-	// A failed send says no more than that the answer holds the reason.
-	sendErr := stream.SendMsg(&encoded{mem.SliceBuffer(buf)})
+}
+
+// inDoubt is what e, of a batch with an expected offset, means after an attempt
+// with an unknown outcome: if the offset is taken, perhaps by that attempt.
+func inDoubt(e *Error, expected uint64) *Error {
+	next, ok := e.Uint("next")
+	if e.Reason == ReasonOffsetMismatch && ok && next <= expected {
+		return e
+	}
+	doubtful := *e
+	doubtful.Definite = false
+	if e.Reason == ReasonOffsetMismatch {
+		doubtful.Advice = "The batch was sent more than once and the outcome of an earlier attempt is unknown: it may be that one which is in the log. Read from the expected offset."
+	}
+	return &doubtful
+}
+
+func (ep *endpoint) produce(ctx context.Context, buf []byte, count int) (Ack, *Error) {
 	var resp v1.ProduceResponse
-	if err := stream.RecvMsg(&resp); err != nil {
-		return Ack{}, c.wrap(err, true)
-	}
-	if sendErr != nil {
-		return Ack{}, c.wrap(sendErr, true)
+	if e := ep.invoke(ctx, v1.Log_Produce_FullMethodName, &encoded{mem.SliceBuffer(buf)}, &resp, grpc.ForceCodecV2(wireCodec)); e != nil {
+		return Ack{}, e
 	}
 	ack := ackOf(&resp)
-	if ack.NextOffset-ack.BaseOffset != uint64(len(records)) {
-		return Ack{}, c.protocolError(true, "%d records were acknowledged with offsets %d up to, not including, %d", len(records), ack.BaseOffset, ack.NextOffset)
+	if ack.NextOffset-ack.BaseOffset != uint64(count) {
+		return Ack{}, ep.protocolError(true, "%d records were acknowledged with offsets %d up to, not including, %d", count, ack.BaseOffset, ack.NextOffset)
 	}
 	return ack, nil
 }

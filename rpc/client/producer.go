@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/encoding/protowire"
 
@@ -19,19 +20,22 @@ import (
 // Producer appends a stream of records in batches, several of them in flight.
 // It is safe for concurrent use; records of one goroutine keep their order.
 //
-// The first failure ends it: every record that is not acknowledged by then is
+// It outlives a node: when its stream ends and nothing of what was sent can be
+// in the log without being acknowledged, it goes on with another stream, for as
+// long as WithRetry allows without an acknowledgement, and the order is kept.
+// Any other failure ends it: every record that is not acknowledged by then is
 // counted as not appended or unknown, and Append and Flush return the error
-// from then on. It sends nothing twice.
+// from then on. Nothing is ever appended twice.
 type Producer struct {
 	client *Client
 	opts   ProducerOptions
-	stream grpc.ClientStream
+	ctx    context.Context
 	cancel context.CancelFunc
 	pool   batchPool
 
 	wake   chan struct{} // capacity 1: the sender has something to look at
 	failed chan struct{} // closed by the first failure
-	ended  chan struct{} // closed when receive has ended
+	ended  chan struct{} // closed when the last stream has ended
 	done   chan struct{} // closed when every goroutine has ended
 
 	mu sync.Mutex // protects all below
@@ -43,53 +47,47 @@ type Producer struct {
 	sent      []*batch
 	pending   int // bytes in the three of them
 	accepted  uint64
-	acked     int // batches
-	outcome   Outcome
-	progress  time.Time // of the last acknowledgement, or the first send after none was awaited
-	closing   bool
-	err       error
-	changed   chan struct{} // closed, and forgotten, when room or outcome change; nil while nobody waits
+	acked     int // batches, on this stream
+	// What is tried when a stream has ended; anew after an acknowledgement.
+	attempts attempts
+	trouble  *Error // why the last stream ended; nil after an acknowledgement
+	outcome  Outcome
+	progress time.Time // of the last acknowledgement, or the first send after none was awaited
+	closing  bool
+	err      error
+	changed  chan struct{} // closed, and forgotten, when room or outcome change; nil while nobody waits
 }
 
 type batch struct {
 	buf   *[]byte
 	count int
 	bytes int // its share of pending
+	// wire is buf as it is sent; it is kept, and buf out of the pool, until the
+	// batch is acknowledged.
+	wire mem.Buffer
 }
 
 // NewProducer opens a stream to append to a log. ctx bounds the opening, not
 // the life of the producer, which ends with Close.
 func (c *Client) NewProducer(ctx context.Context, opts ProducerOptions) (*Producer, error) {
 	opts.applyDefaults()
-	streamCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	stop := context.AfterFunc(ctx, cancel)
-	stream, err := c.conn.NewStream(streamCtx, &v1.Log_ServiceDesc.Streams[0], v1.Log_ProduceStream_FullMethodName, grpc.ForceCodecV2(wireCodec))
-	if err == nil && !stop() {
-		err = context.Cause(ctx)
-	}
-	if err != nil {
-		stop()
-		cancel()
-		if ctx.Err() != nil {
-			e := c.timeoutError(context.Cause(ctx), "no answer while the stream was being opened")
-			e.Definite = true
-			return nil, e
-		}
-		return nil, c.wrap(err, false)
-	}
 	p := &Producer{
-		client: c,
-		opts:   opts,
-		stream: stream,
-		cancel: cancel,
-		wake:   make(chan struct{}, 1),
-		failed: make(chan struct{}),
-		ended:  make(chan struct{}),
-		done:   make(chan struct{}),
+		client:   c,
+		opts:     opts,
+		wake:     make(chan struct{}, 1),
+		failed:   make(chan struct{}),
+		ended:    make(chan struct{}),
+		done:     make(chan struct{}),
+		attempts: attempts{client: c},
+	}
+	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	stream, err := p.connect(ctx)
+	if err != nil {
+		p.cancel()
+		return nil, err
 	}
 	var wg sync.WaitGroup
-	wg.Go(p.send)
-	wg.Go(p.receive)
+	wg.Go(func() { p.run(stream) })
 	if opts.AckTimeout > 0 {
 		wg.Go(p.watch)
 	}
@@ -98,6 +96,105 @@ func (c *Client) NewProducer(ctx context.Context, opts ProducerOptions) (*Produc
 		close(p.done)
 	}()
 	return p, nil
+}
+
+// producerStream is one stream of a producer.
+type producerStream struct {
+	grpc.ClientStream
+	ep     *endpoint
+	cancel context.CancelFunc
+}
+
+// connect opens a stream, at whichever node can be reached, while ctx lasts.
+// It does not live longer than the producer.
+func (p *Producer) connect(ctx context.Context) (*producerStream, error) {
+	for {
+		ep := p.client.endpoint()
+		s, e := p.openStream(ctx, ep)
+		if e == nil {
+			return s, nil
+		}
+		if ctx.Err() != nil || !p.attempts.again(ctx, ep, e) {
+			return nil, e
+		}
+	}
+}
+
+func (p *Producer) openStream(ctx context.Context, ep *endpoint) (*producerStream, *Error) {
+	streamCtx, cancel := context.WithCancel(p.ctx)
+	stop := context.AfterFunc(ctx, cancel)
+	stream, err := ep.conn.NewStream(streamCtx, &v1.Log_ServiceDesc.Streams[0], v1.Log_ProduceStream_FullMethodName, grpc.ForceCodecV2(wireCodec))
+	if err == nil && !stop() {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		stop()
+		cancel()
+		if ctx.Err() != nil {
+			e := ep.timeoutError(context.Cause(ctx), "no answer while the stream was being opened")
+			e.Definite = true
+			return nil, e
+		}
+		return nil, ep.wrap(err, false)
+	}
+	return &producerStream{ClientStream: stream, ep: ep, cancel: cancel}, nil
+}
+
+// run uses one stream after another until the producer is closed and all is
+// acknowledged, or has failed.
+func (p *Producer) run(stream *producerStream) {
+	defer close(p.ended)
+	for {
+		e := p.use(stream)
+		p.mu.Lock()
+		p.trouble = e
+		p.mu.Unlock()
+		if !p.resumable(e) || !p.attempts.again(p.ctx, stream.ep, e) {
+			p.fail(e)
+			return
+		}
+		next, err := p.connect(p.ctx)
+		if err != nil {
+			p.fail(err)
+			return
+		}
+		stream = next
+	}
+}
+
+// use sends and receives on a stream until it has ended, and returns why.
+func (p *Producer) use(stream *producerStream) *Error {
+	defer stream.cancel()
+	gone := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() { p.send(stream, gone) })
+	e := p.receive(stream)
+	close(gone)
+	stream.cancel() // the sender may be waiting for room
+	wg.Wait()
+	return e
+}
+
+// resumable reports whether the producer can go on with another stream, and
+// prepares that: what was sent and not acknowledged is to be sent again. That
+// is so only where none of it is in the log or may get there, since sending it
+// again would then append it twice, or behind what came after it.
+func (p *Producer) resumable(e *Error) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case p.err != nil || p.finishedLocked() || p.client.retry == 0:
+		return false
+	case len(p.sent) == 0:
+		if e.Code != codes.Unavailable {
+			return false
+		}
+	case e.Code != codes.Unavailable || !e.Definite || !e.nothingAfter(p.acked):
+		return false
+	}
+	p.queue = append(p.sent, p.queue...)
+	p.sent, p.acked = nil, 0
+	return true
 }
 
 // Append hands r over to be appended; it copies r, which may be reused at
@@ -182,7 +279,13 @@ func (p *Producer) Close(ctx context.Context) (Outcome, error) {
 	select {
 	case <-p.done:
 	case <-ctx.Done():
-		p.fail(p.client.timeoutError(context.Cause(ctx), "gave up waiting for acknowledgements"))
+		p.mu.Lock()
+		message := "gave up waiting for acknowledgements"
+		if p.trouble != nil {
+			message += "; before that: " + p.trouble.Error()
+		}
+		p.mu.Unlock()
+		p.fail(p.client.endpoint().timeoutError(context.Cause(ctx), message))
 		<-p.done
 	}
 	p.cancel()
@@ -263,24 +366,29 @@ func (p *Producer) changedLocked() {
 }
 
 // send hands batches to the stream, in order, until the producer is closed and
-// nothing is left, or has failed.
-func (p *Producer) send() {
+// nothing is left, or has failed, or gone tells that the stream has ended.
+func (p *Producer) send(stream *producerStream, gone <-chan struct{}) {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for {
+		select {
+		case <-gone:
+			return // before a batch counts as sent
+		default:
+		}
 		b, wait, end := p.nextToSend()
 		switch {
 		case end:
 			// Its only error is that the stream has ended, which receive sees.
-			_ = p.stream.CloseSend()
+			_ = stream.CloseSend()
 			return
 		case b != nil:
-			err := p.stream.SendMsg(&encoded{mem.NewBuffer(b.buf, &p.pool)})
+			err := stream.SendMsg(&encoded{b.wire})
 			if errors.Is(err, io.EOF) {
 				return // receive gets the reason
 			}
 			if err != nil {
-				p.fail(p.client.wrap(err, true))
+				p.fail(stream.ep.wrap(err, true))
 				return
 			}
 			continue
@@ -294,6 +402,8 @@ func (p *Producer) send() {
 		select {
 		case <-p.wake:
 		case <-lingered:
+		case <-gone:
+			return
 		case <-p.failed:
 			return
 		}
@@ -327,23 +437,25 @@ func (p *Producer) nextToSend() (b *batch, wait time.Duration, end bool) {
 	// called unknown though it was not appended. The other order could call a
 	// batch not appended that was.
 	p.sent = append(p.sent, b)
+	if b.wire == nil {
+		b.wire = mem.NewBuffer(b.buf, &p.pool)
+	}
+	b.wire.Ref() // given away with the message; ours lasts until it is acknowledged
 	return b, 0, false
 }
 
-// receive takes the acknowledgements until the stream ends.
-func (p *Producer) receive() {
-	defer close(p.ended)
+// receive takes the acknowledgements until the stream ends, and returns why it
+// did.
+func (p *Producer) receive(stream *producerStream) *Error {
 	var resp v1.ProduceResponse
 	for {
 		resp.Reset()
-		if err := p.stream.RecvMsg(&resp); err != nil {
-			p.fail(p.client.wrap(err, true))
-			return
+		if err := stream.RecvMsg(&resp); err != nil {
+			return stream.ep.wrap(err, true)
 		}
 		ack := ackOf(&resp)
-		if err := p.acknowledge(ack); err != nil {
-			p.fail(err)
-			return
+		if err := p.acknowledge(stream.ep, ack); err != nil {
+			return stream.ep.wrap(err, true)
 		}
 		if p.opts.OnAck != nil {
 			p.opts.OnAck(ack)
@@ -358,21 +470,24 @@ func (p *Producer) finishedLocked() bool {
 	return p.err == nil && p.closing && p.outcome.Acknowledged == p.accepted
 }
 
-func (p *Producer) acknowledge(ack Ack) error {
+func (p *Producer) acknowledge(ep *endpoint, ack Ack) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.err != nil {
 		return p.err // too late: it is counted as unknown already
 	}
 	if len(p.sent) == 0 {
-		return p.client.protocolError(true, "the server acknowledged more batches than were sent")
+		return ep.protocolError(true, "the server acknowledged more batches than were sent")
 	}
 	b := p.sent[0]
 	if ack.NextOffset-ack.BaseOffset != uint64(b.count) {
-		return p.client.protocolError(true, "a batch of %d records was acknowledged with offsets %d up to, not including, %d", b.count, ack.BaseOffset, ack.NextOffset)
+		return ep.protocolError(true, "a batch of %d records was acknowledged with offsets %d up to, not including, %d", b.count, ack.BaseOffset, ack.NextOffset)
 	}
 	p.sent = p.sent[1:]
+	b.wire.Free()
 	p.acked++
+	p.attempts.succeeded()
+	p.trouble = nil
 	p.pending -= b.bytes
 	p.progress = time.Now()
 	if p.outcome.Acknowledged == 0 {
@@ -395,7 +510,7 @@ func (p *Producer) fail(err error) {
 	if p.err != nil {
 		return
 	}
-	e := p.client.wrap(err, true)
+	e := p.client.endpoint().wrap(err, true)
 	p.outcome.settle(e, p.acked, p.sent)
 	for _, b := range p.queue {
 		p.outcome.NotAppended += uint64(b.count)
@@ -436,7 +551,7 @@ func (p *Producer) watch() {
 			timer.Reset(limit - since)
 			continue
 		}
-		p.fail(p.client.timeoutError(context.DeadlineExceeded, fmt.Sprintf("the server acknowledged nothing for %s", limit)))
+		p.fail(p.client.endpoint().timeoutError(context.DeadlineExceeded, fmt.Sprintf("the server acknowledged nothing for %s", limit)))
 		return
 	}
 }

@@ -224,7 +224,7 @@ func TestProducerOutcome(t *testing.T) {
 			s := clienttest.New()
 			reached, tokens := make(chan int, 10), make(chan error)
 			s.OnBatch = gate(reached, tokens)
-			c := connect(t, s)
+			c := connect(t, s, WithRetry(0))
 			p := newProducer(t, c, ProducerOptions{Linger: -1})
 			appendAll(t, p, "a", "b", "c", "d", "e")
 			tokens <- nil
@@ -331,7 +331,7 @@ func TestProducerAckTimeout(t *testing.T) {
 
 func TestProducerIdleConnectionLost(t *testing.T) {
 	s := clienttest.New()
-	c := connect(t, s)
+	c := connect(t, s, WithRetry(0))
 	p := newProducer(t, c, ProducerOptions{})
 	appendAll(t, p, "a")
 	if err := p.Flush(testContext(t)); err != nil {

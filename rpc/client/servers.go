@@ -29,6 +29,17 @@ type Server struct {
 	// the answering node.
 	FirstOffset, HighWatermark uint64
 	Version                    string
+	// Healthy is whether the leader finds that the node keeps up; nil where
+	// that is not known. StableSince is since when it is what it is.
+	Healthy     *bool
+	StableSince time.Time
+	// State is what the node says of its own membership: "fresh", "member",
+	// "leaving" or "removed".
+	State string
+	// CatalogAddress is where the discovery says that the node is.
+	CatalogAddress string
+	// Build is what the node's program was built from.
+	Build string
 }
 
 // ServerList is the answering node's view of the cluster.
@@ -36,6 +47,17 @@ type ServerList struct {
 	// AnsweredBy is the ID of the node that answered.
 	AnsweredBy string
 	Servers    []Server
+}
+
+// Voters counts the nodes that take part in elections and quorums.
+func (l ServerList) Voters() int {
+	n := 0
+	for _, s := range l.Servers {
+		if s.Voter {
+			n++
+		}
+	}
+	return n
 }
 
 // Self is the entry of the node that answered.
@@ -59,12 +81,16 @@ func (l ServerList) find(match func(Server) bool) (Server, bool) {
 
 // Servers lists the nodes of the cluster as the answering node knows them.
 func (c *Client) Servers(ctx context.Context) (ServerList, error) {
-	resp, err := v1.NewLogClient(c.conn).GetServers(ctx, &v1.GetServersRequest{})
-	if err != nil {
-		return ServerList{}, c.wrap(err, false)
+	var resp v1.GetServersResponse
+	if err := c.ask(ctx, v1.Log_GetServers_FullMethodName, &v1.GetServersRequest{}, &resp); err != nil {
+		return ServerList{}, err
 	}
-	list := ServerList{AnsweredBy: resp.AnsweredBy, Servers: make([]Server, 0, len(resp.Servers))}
-	for _, s := range resp.Servers {
+	return serverList(resp.AnsweredBy, resp.Servers), nil
+}
+
+func serverList(answeredBy string, servers []*v1.Server) ServerList {
+	list := ServerList{AnsweredBy: answeredBy, Servers: make([]Server, 0, len(servers))}
+	for _, s := range servers {
 		contact := time.Duration(-1)
 		if s.LastContact != nil {
 			contact = s.LastContact.AsDuration()
@@ -74,17 +100,21 @@ func (c *Client) Servers(ctx context.Context) (ServerList, error) {
 			Voter: s.Role == v1.Server_ROLE_VOTER, Leader: s.Leader,
 			Term: s.Term, LastContact: contact, AppliedIndex: s.AppliedIndex,
 			FirstOffset: s.FirstOffset, HighWatermark: s.HighWatermark, Version: s.Version,
+			Healthy: s.Healthy, State: s.State, CatalogAddress: s.CatalogAddress, Build: s.Build,
 		})
+		if s.StableSince != nil {
+			list.Servers[len(list.Servers)-1].StableSince = s.StableSince.AsTime()
+		}
 	}
-	return list, nil
+	return list
 }
 
 // Health asks the node, through the standard gRPC health service, whether it
 // serves. The status is SERVING, NOT_SERVING or UNKNOWN.
 func (c *Client) Health(ctx context.Context) (serving bool, status string, err error) {
-	resp, err := healthpb.NewHealthClient(c.conn).Check(ctx, &healthpb.HealthCheckRequest{})
-	if err != nil {
-		return false, "", c.wrap(err, false)
+	var resp healthpb.HealthCheckResponse
+	if err := c.ask(ctx, healthpb.Health_Check_FullMethodName, &healthpb.HealthCheckRequest{}, &resp); err != nil {
+		return false, "", err
 	}
 	return resp.Status == healthpb.HealthCheckResponse_SERVING, resp.Status.String(), nil
 }

@@ -27,29 +27,44 @@ type walker struct {
 // alone: in a message without batches.
 func (w *walker) reset(message []byte) (nextOffset *uint64, err error) {
 	w.response, w.batch = message, nil
-	var next uint64
+	place, err := placeOf(message)
+	if err != nil || place.batches {
+		return nil, err
+	}
+	return &place.next, nil
+}
+
+// place is where a message lies in the log.
+type place struct {
+	next    uint64 // its next_offset
+	batches bool   // it has some
+	base    uint64 // the offset of the first
+}
+
+// placeOf looks at no more than the top of a message.
+func placeOf(message []byte) (p place, err error) {
 	for b := message; len(b) > 0; {
 		num, typ, n := protowire.ConsumeTag(b)
 		if n < 0 {
-			return nil, errTruncated
-		}
-		if num == fieldResponseBatches {
-			return nil, nil
+			return p, errTruncated
 		}
 		b = b[n:]
-		if num == fieldResponseNextOffset && typ == protowire.VarintType {
-			v, n := protowire.ConsumeVarint(b)
-			if n < 0 {
-				return nil, errTruncated
-			}
-			next = v
-		}
 		if n = protowire.ConsumeFieldValue(num, typ, b); n < 0 {
-			return nil, errTruncated
+			return p, errTruncated
+		}
+		switch {
+		case num == fieldResponseNextOffset && typ == protowire.VarintType:
+			p.next, _ = protowire.ConsumeVarint(b)
+		case num == fieldResponseBatches && typ == protowire.BytesType && !p.batches:
+			p.batches = true
+			body, _ := protowire.ConsumeBytes(b)
+			if num, typ, n := protowire.ConsumeTag(body); num == fieldBatchBaseOffset && typ == protowire.VarintType {
+				p.base, _ = protowire.ConsumeVarint(body[n:])
+			}
 		}
 		b = b[n:]
 	}
-	return &next, nil
+	return p, nil
 }
 
 // next moves to the next record of the message.

@@ -119,7 +119,11 @@ type encoded struct{ buf mem.Buffer }
 
 // received is a response in its wire form; its buffer is reused by the next
 // message received into it.
-type received struct{ buf []byte }
+type received struct {
+	buf []byte
+	// fresh says that it is the first of a stream that goes on for another.
+	fresh bool
+}
 
 // codec is the usual protobuf codec, except that encoded goes out and received
 // comes in as bytes: building a struct for every record would cost more than

@@ -39,8 +39,10 @@ type Server struct {
 	// PerResponse bounds the records of one response of ConsumeStream.
 	// Default 100.
 	PerResponse int
-	// Nodes is what GetServers answers.
+	// Nodes is what GetServers and ListPeers answer; see also SetNodes.
 	Nodes *v1.GetServersResponse
+	// OnAdmin, if set, is called with every call of Admin; see AdminCalls.
+	OnAdmin func(call string) error
 	// Health may be changed at any time.
 	Health *health.Server
 
@@ -51,6 +53,9 @@ type Server struct {
 	changed chan struct{}
 	started int // ConsumeStreams
 	consume chan struct{}
+
+	adminCalls []string
+	conns      []net.Conn
 
 	server *grpc.Server
 	served chan struct{}
@@ -75,7 +80,16 @@ func New() *Server {
 func (s *Server) Start(t testing.TB) *Server {
 	t.Helper()
 	l := bufconn.Listen(256 << 10)
-	s.dial = func(ctx context.Context, _ string) (net.Conn, error) { return l.DialContext(ctx) }
+	s.dial = func(ctx context.Context, _ string) (net.Conn, error) {
+		conn, err := l.DialContext(ctx)
+		if err != nil {
+			return nil, err
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.conns = append(s.conns, conn)
+		return conn, nil
+	}
 	return s.serve(t, l)
 }
 
@@ -93,6 +107,7 @@ func (s *Server) serve(t testing.TB, l net.Listener) *Server {
 	s.listen, s.served = l, make(chan struct{})
 	s.server = grpc.NewServer()
 	v1.RegisterLogServer(s.server, s)
+	v1.RegisterAdminServer(s.server, admin{s: s})
 	healthpb.RegisterHealthServer(s.server, s.Health)
 	go func() {
 		defer close(s.served)
@@ -106,11 +121,36 @@ func (s *Server) serve(t testing.TB, l net.Listener) *Server {
 	return s
 }
 
+// SetNodes changes Nodes while the server runs.
+func (s *Server) SetNodes(nodes *v1.GetServersResponse) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.Nodes = nodes
+}
+
+func (s *Server) nodes() *v1.GetServersResponse {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.Nodes
+}
+
 // Addr is where it listens.
 func (s *Server) Addr() string { return s.listen.Addr().String() }
 
 // Dialer connects to a server that was started in-process; nil otherwise.
 func (s *Server) Dialer() func(context.Context, string) (net.Conn, error) { return s.dial }
+
+// Break drops every connection of a server that was started in-process; it can
+// be connected to again.
+func (s *Server) Break() {
+	s.mu.Lock()
+	conns := s.conns
+	s.conns = nil
+	s.mu.Unlock()
+	for _, c := range conns {
+		_ = c.Close() // it is broken either way
+	}
+}
 
 // Stop drops every connection at once, like a crash.
 func (s *Server) Stop() {
@@ -306,7 +346,7 @@ func (s *Server) responseLocked(at, limit uint64) *v1.ConsumeResponse {
 
 // GetServers implements v1.LogServer.
 func (s *Server) GetServers(context.Context, *v1.GetServersRequest) (*v1.GetServersResponse, error) {
-	return s.Nodes, nil
+	return s.nodes(), nil
 }
 
 // Failure is an error as a server sends it; metadata are names and values in
