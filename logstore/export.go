@@ -313,7 +313,9 @@ func (x *Export) closeFilesLocked() error {
 // fill makes ready not empty.
 func (x *Export) fill() error {
 	for x.err == nil && len(x.ready) == 0 {
-		x.err = x.step()
+		if x.err = x.step(); x.err != nil && !errors.Is(x.err, io.EOF) && x.isClosed() {
+			x.err = ErrClosed // and not what the file says
+		}
 	}
 	if len(x.ready) > 0 {
 		return nil

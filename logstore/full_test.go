@@ -19,7 +19,7 @@ import (
 func TestFullDisk(t *testing.T) {
 	rng := vfstest.Rand(t)
 	refused, done := 0, 0
-	for range 150 {
+	for range 80 {
 		fsys := vfstest.New()
 		opts := smallOptions(fsys)
 		opts.inline = rng.IntN(2) == 0
