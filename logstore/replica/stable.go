@@ -125,6 +125,9 @@ func parseStable(file string, b []byte) (s stableState, err error) {
 		}
 		key, value := rest[4:4+le.Uint16(rest)], rest[4+le.Uint16(rest):]
 		n := le.Uint16(rest[2:])
+		if _, twice := s.values[string(key)]; twice {
+			return s, damaged("a key is there twice")
+		}
 		s.values[string(key)] = slices.Clone(value[:n])
 		rest = value[n:]
 	}

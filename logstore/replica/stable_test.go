@@ -191,24 +191,16 @@ func TestStableGuard(t *testing.T) {
 	s.failed = func(error) {}
 	var down error
 	g := &stableGuard{s, func() error { return down }}
-	ended := func(f func()) bool {
-		returned := false
-		<-after(func() {
-			f()
-			returned = true
-		})
-		return !returned
-	}
-	if ended(func() { _ = g.SetUint64(keyCurrentTerm, 1) }) || ended(func() { _ = g.Set(keyLastVoteCand, nil) }) {
+	if didEnd(func() { _ = g.SetUint64(keyCurrentTerm, 1) }) || didEnd(func() { _ = g.Set(keyLastVoteCand, nil) }) {
 		t.Error("it ends although the value was stored")
 	}
 	down = errors.New("down")
-	if !ended(func() { _ = g.SetUint64(keyCurrentTerm, 2) }) || !ended(func() { _ = g.Set(keyLastVoteCand, []byte("x")) }) {
+	if !didEnd(func() { _ = g.SetUint64(keyCurrentTerm, 2) }) || !didEnd(func() { _ = g.Set(keyLastVoteCand, []byte("x")) }) {
 		t.Error("it votes although the replica is broken")
 	}
 	down = nil
 	fs.SetHook(func(vfstest.Op) error { return errors.New("broken") })
-	if !ended(func() { _ = g.SetUint64(keyCurrentTerm, 2) }) {
+	if !didEnd(func() { _ = g.SetUint64(keyCurrentTerm, 2) }) {
 		t.Error("it goes on although the value was not stored")
 	}
 	if term, err := g.GetUint64(keyCurrentTerm); term != 1 || err != nil {

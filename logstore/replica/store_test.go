@@ -62,12 +62,14 @@ func (s *testStore) bounds(t *testing.T) [2]uint64 {
 
 // didEnd tells whether f ended its goroutine.
 func didEnd(f func()) bool {
-	returned := false
-	<-after(func() {
+	returned := make(chan bool, 1)
+	go func() {
+		ok := false
+		defer func() { returned <- ok }()
 		f()
-		returned = true
-	})
-	return !returned
+		ok = true
+	}()
+	return !<-returned
 }
 
 func TestStoreKeepsEntries(t *testing.T) {
