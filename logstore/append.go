@@ -1,6 +1,7 @@
 package logstore
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 
@@ -17,8 +18,9 @@ const writeChunk = 4 << 20
 // Entries must continue the log: consecutive indexes, terms and append times
 // that do not fall, and, where they have records, the base offset that comes
 // next. Otherwise Append fails with ErrRejected or ErrTooLarge and has written
-// nothing. Any other failure ends all writing (see Failed), and what became of
-// the entries is not known until the log is opened anew.
+// nothing; so it does with ErrFull where the disk has no space for the segments
+// that the entries need. Any other failure ends all writing (see Failed), and
+// what became of the entries is not known until the log is opened anew.
 func (l *Log) Append(entries []Entry) error {
 	if len(entries) == 0 {
 		return nil
@@ -32,7 +34,26 @@ func (l *Log) Append(entries []Entry) error {
 	if err := checkEntries(entries, st.tail); err != nil {
 		return err
 	}
-	g := group{seg: st.last(), active: st.active.mem, tail: st.tail, written: st.tail.pos, synced: st.tail.index}
+	next, err := l.reserve(l.layout(entries, st))
+	if vfs.IsFull(err) {
+		return full(err)
+	} else if err != nil {
+		return l.fail(err)
+	}
+	g := group{seg: st.last(), active: st.active.mem, tail: st.tail, written: st.tail.pos, synced: st.tail.index, next: next}
+	if err := l.appendGroup(&g, entries); err != nil {
+		return errors.Join(l.fail(err), closePrepared(g.next))
+	}
+	if cap(l.buf) > writeChunk+(1<<20) {
+		l.buf = nil // one large entry must not pin its size for ever
+	}
+	l.keeper.appended(g.tail.pos)
+	return nil
+}
+
+// appendGroup writes entries that have been checked, to space that has been
+// reserved.
+func (l *Log) appendGroup(g *group, entries []Entry) error {
 	l.buf = l.buf[:0]
 	for i := range entries {
 		e := entries[i]
@@ -41,14 +62,13 @@ func (l *Log) Append(entries []Entry) error {
 			e.AppendTime = max(e.AppendTime, g.tail.time)
 		}
 		size := frameSize(len(e.Payload))
-		full := g.tail.pos+size > l.opts.SegmentSize || e.BaseOffset+uint64(e.Count)-g.seg.firstOffset > maxSegmentRecords
-		if full && g.tail.pos > segmentHeaderSize {
-			if err := l.roll(&g); err != nil {
-				return l.fail(err)
+		if l.rolls(g.tail.pos, size, g.seg.firstOffset, g.tail.offset, e.Count) {
+			if err := l.roll(g); err != nil {
+				return err
 			}
 		} else if len(l.buf) > 0 && len(l.buf)+int(size) > writeChunk {
-			if err := l.write(&g); err != nil {
-				return l.fail(err)
+			if err := l.write(g); err != nil {
+				return err
 			}
 		}
 		h := frameHeader{length: uint32(len(e.Payload)), index: e.Index, term: e.Term, base: e.BaseOffset, time: e.AppendTime, count: e.Count}
@@ -56,13 +76,7 @@ func (l *Log) Append(entries []Entry) error {
 		l.buf, h.crc = appendFrame(l.buf, g.seg.seed, g.tail.crc, g.synced, &e)
 		g.tail.advance(&h)
 	}
-	if err := l.flush(&g); err != nil {
-		return l.fail(err)
-	}
-	if cap(l.buf) > writeChunk+(1<<20) {
-		l.buf = nil // one large entry must not pin its size for ever
-	}
-	return nil
+	return l.flush(g)
 }
 
 // checkEntries tells whether entries continue t, before anything is written.
@@ -102,6 +116,7 @@ type group struct {
 	tail    tail
 	written int64  // end of what was written to the file
 	synced  uint64 // index of the last entry known durable: the mark in frames
+	next    []prepared
 }
 
 // write hands the buffered frames to the file, not yet durable.
@@ -131,9 +146,9 @@ func (l *Log) flush(g *group) error {
 		segs:   st.segs,
 		active: frameIndex{mem: g.active, end: g.tail.pos},
 		tail:   g.tail,
+		size:   l.space,
 		cuts:   st.cuts,
 	})
-	l.keeper.appended(g.tail.pos)
 	return nil
 }
 
@@ -144,30 +159,28 @@ func (l *Log) roll(g *group) error {
 	if err := l.flush(g); err != nil {
 		return err
 	}
-	f, err := l.keeper.takeNext()
-	if err != nil {
-		return fmt.Errorf("prepare segment: %w", err)
-	}
+	p := g.next[0] // as many as layout said
 	next := newSegment(l.dir, g.tail.header(l.id))
-	if err := installSegment(l.fs, f, filepath.Join(l.dir, nextName), next); err != nil {
+	if err := installSegment(l.fs, p.file, p.name, next); err != nil {
 		return err
 	}
+	g.next = g.next[1:]
 
 	st := l.state.Load()
 	old := st.last()
-	old.seal(&st.tail)
+	old.seal(&st.tail, l.space)
 	sealedIndex := st.active
 	// Before the state that makes it one of the sealed, whose readers need the
 	// index here; readers of the present state do not look at it.
 	l.handles.unpin(old, &sealedIndex)
-	l.handles.pin(next, f)
-	l.active = f
+	l.handles.pin(next, p.file)
+	l.active, l.space = p.file, p.size
 	g.seg = next
 	g.active = nil
 	g.tail = next.start()
 	g.written = g.tail.pos
 	segs := append(st.segs[:len(st.segs):len(st.segs)], next)
-	l.state.Store(&state{segs: segs, active: frameIndex{end: g.tail.pos}, tail: g.tail, cuts: st.cuts})
+	l.state.Store(&state{segs: segs, active: frameIndex{end: g.tail.pos}, tail: g.tail, size: l.space, cuts: st.cuts})
 	l.keeper.sealed(old)
 	return nil
 }

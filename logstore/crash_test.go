@@ -97,6 +97,15 @@ func (w *workload) truncate(from uint64) error {
 	return nil
 }
 
+// truncateExported cuts off what an export is about to read.
+func (w *workload) truncateExported() error {
+	x, err := w.l.Export(w.m.last())
+	if err != nil {
+		return err
+	}
+	return errors.Join(w.truncate(w.m.last()-1), x.Close())
+}
+
 func (w *workload) deletePrefix(below uint64) error {
 	w.promise.dropBelow = below
 	first, err := w.l.DeletePrefix(below)
@@ -197,6 +206,8 @@ func scripted(w *workload) error {
 			func() error { return w.truncate(w.m.last()) },     // in the active segment
 			func() error { return w.truncate(w.m.last() - 6) }, // across segments
 			func() error { return w.append(5, 1200) },          // over what was cut
+			w.truncateExported,
+			func() error { return w.append(3, 1200) },
 			func() error { return w.deletePrefix(w.m.last()) }, // all sealed segments
 			func() error { return w.truncate(w.m.first) },      // everything
 			func() error { return w.append(6, 1200) },          // and on

@@ -133,16 +133,19 @@ func (es *exports) remove(x *Export) {
 	delete(es.open, x)
 }
 
-// hold tells whether an export reads the entry with that index.
-func (es *exports) hold(index uint64) bool {
+// unlessHeld publishes a state without the entries from an index on, unless an
+// export reads one of them; then it returns false. Exports that come later see
+// that state.
+func (es *exports) unlessHeld(from uint64, publish func()) bool {
 	es.mu.Lock()
 	defer es.mu.Unlock()
 	for _, through := range es.open {
-		if through >= index {
-			return true
+		if through >= from {
+			return false
 		}
 	}
-	return false
+	publish()
+	return true
 }
 
 // Export makes a stream of the log from its first entry through the one with
@@ -310,7 +313,9 @@ func (x *Export) closeFilesLocked() error {
 // fill makes ready not empty.
 func (x *Export) fill() error {
 	for x.err == nil && len(x.ready) == 0 {
-		x.err = x.step()
+		if x.err = x.step(); x.err != nil && !errors.Is(x.err, io.EOF) && x.isClosed() {
+			x.err = ErrClosed // and not what the file says
+		}
 	}
 	if len(x.ready) > 0 {
 		return nil

@@ -3,6 +3,7 @@ package logstore
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"testing"
@@ -165,3 +166,54 @@ func TestExportRange(t *testing.T) {
 	}
 }
 
+// TestExportHolds: what happens to the log while it is exported does not change
+// the stream, whenever that is.
+func TestExportHolds(t *testing.T) {
+	rng := vfstest.Rand(t)
+	for round := range 120 {
+		fsys := vfstest.New()
+		l := mustOpen(t, smallOptions(fsys))
+		m := model{first: 1}
+		for l.Stats().Segments < 5 {
+			entries := m.generate(rng, 1+rng.IntN(5), 900)
+			must(t, l.Append(entries))
+			m.append(entries)
+		}
+		through := m.first - 1 + rng.Uint64N(uint64(len(m.entries))+1)
+		want := m.upTo(through)
+		x, err := l.Export(through)
+		must(t, err)
+		var b []byte
+		for {
+			chunk := make([]byte, 1+rng.IntN(4000))
+			n, err := x.Read(chunk)
+			b = append(b, chunk[:n]...)
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			must(t, err)
+			switch rng.IntN(4) {
+			case 0, 1:
+				step(t, l, &m, rng)
+			case 2:
+				first, err := l.DeletePrefix(m.last())
+				must(t, err)
+				m.deletePrefix(first)
+			}
+		}
+		must(t, checkEntriesEqual(l, &m))
+		must(t, x.Close())
+		must(t, l.Close())
+		opts := smallOptions(vfstest.New())
+		_, err = Import(testDir, opts, bytes.NewReader(b))
+		if err != nil {
+			t.Fatal(fmt.Errorf("round %d: %w", round, err))
+		}
+		checkImported(t, opts, want, rng)
+		// What was done to the log meanwhile is as durable as ever.
+		l, err = Open(testDir, smallOptions(fsys.CrashClone(rng, vfstest.None)))
+		must(t, err)
+		must(t, checkEntriesEqual(l, &m))
+		must(t, l.Close())
+	}
+}

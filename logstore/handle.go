@@ -4,6 +4,7 @@ import (
 	"container/list"
 	"errors"
 	"fmt"
+	"io/fs"
 	"sync"
 
 	"github.com/diurnalog/diurna/logstore/vfs"
@@ -174,6 +175,10 @@ func (hs *handles) close(segs []*segment) error {
 // when its file is missing or not this segment's.
 func (hs *handles) openSealed(s *segment) (o *openSegment, err error) {
 	f, err := hs.fs.Open(s.file)
+	if errors.Is(err, fs.ErrNotExist) {
+		// Or deleted meanwhile: then the caller finds its state to be old.
+		return nil, s.corrupt(0, "the file is missing")
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -239,7 +239,7 @@ func (in *importStream) readHeader() error {
 // checks that the stream ends where it should.
 func (in *importStream) appendTo(l *Log) error {
 	t := in.header.start
-	buf := make([]byte, importChunk)
+	buf := make([]byte, max(sectionHeaderSize, min(importChunk, in.header.size-exportHeaderSize)))
 	for t.index < in.header.end.index {
 		var err error
 		if buf, err = in.readSection(l, &t, buf); err != nil {

@@ -27,7 +27,7 @@ type keeper struct {
 	// nextMu guards the prepared segment. It is held while one is being made:
 	// an append that needs it then waits rather than making a second.
 	nextMu   sync.Mutex
-	next     vfs.File
+	next     *prepared
 	wantNext atomic.Bool
 
 	// mu is held over each piece of the work below, and by truncation and
@@ -112,31 +112,91 @@ func (k *keeper) prepareNext() {
 	}
 	// A failure here (a full disk, say) is not one of the log: the append that
 	// needs the segment tries again and reports it.
-	k.next, _ = k.makeNext()
+	if p, err := k.makeNext(nextName, k.l.opts.SegmentSize); err == nil {
+		k.next = &p
+	}
+}
+
+// prepared is a file of zeros that has its space.
+type prepared struct {
+	file vfs.File
+	name string // with its directory
+	size int64
 }
 
 // makeNext is called with nextMu held.
-func (k *keeper) makeNext() (vfs.File, error) {
-	f, err := vfs.CreateOver(k.l.fs, filepath.Join(k.l.dir, nextName))
-	if err != nil {
-		return nil, err
+func (k *keeper) makeNext(name string, size int64) (prepared, error) {
+	p := prepared{name: filepath.Join(k.l.dir, name), size: size}
+	var err error
+	if p.file, err = vfs.CreateOver(k.l.fs, p.name); err != nil {
+		return p, err
 	}
-	if err := f.Preallocate(k.l.opts.SegmentSize); err != nil {
-		return nil, errors.Join(err, f.Close())
+	if err := p.file.Preallocate(size); err != nil {
+		// Not to hold on to the part that there was space for.
+		return p, errors.Join(err, p.file.Close(), k.l.fs.Remove(p.name))
 	}
-	return f, nil
+	return p, nil
 }
 
-// takeNext hands the prepared segment over, making one if there is none.
-func (k *keeper) takeNext() (vfs.File, error) {
+// takeNext hands a segment over for each of the sizes that are needed, the
+// first of them prepared if all went well; or none and the error. Until the next
+// call of appended no other is prepared.
+func (k *keeper) takeNext(need []int64) (out []prepared, err error) {
 	k.nextMu.Lock()
 	defer k.nextMu.Unlock()
 	k.wantNext.Store(false)
-	if f := k.next; f != nil {
-		k.next = nil
-		return f, nil
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, k.giveBack(out))
+			out = nil
+		}
+	}()
+	for i, size := range need {
+		size = max(size, k.l.opts.SegmentSize)
+		if i == 0 && k.next != nil {
+			out = append(out, *k.next)
+			k.next = nil
+			if p := &out[0]; p.size < size {
+				if err := p.file.Preallocate(size); err != nil {
+					return out, err
+				}
+				p.size = size
+			}
+			continue
+		}
+		name := nextName
+		if i > 0 {
+			name = fmt.Sprintf("next.%d%s", i+1, tempSuffix)
+		}
+		p, err := k.makeNext(name, size)
+		if err != nil {
+			return out, err
+		}
+		out = append(out, p)
 	}
-	return k.makeNext()
+	return out, nil
+}
+
+// giveBack keeps the first of the files for later and frees the others' space.
+// Called with nextMu held.
+func (k *keeper) giveBack(ps []prepared) error {
+	if len(ps) == 0 {
+		return nil
+	}
+	k.next = &ps[0]
+	err := closePrepared(ps[1:])
+	for _, p := range ps[1:] {
+		err = errors.Join(err, k.l.fs.Remove(p.name))
+	}
+	return err
+}
+
+func closePrepared(ps []prepared) error {
+	var err error
+	for _, p := range ps {
+		err = errors.Join(err, p.file.Close())
+	}
+	return err
 }
 
 func (k *keeper) takeTodo() *segment {
@@ -224,25 +284,31 @@ func (st *state) checkpoint(id logID) checkpoint {
 
 // finish completes the work after stop, ending with the mark of a clean close.
 func (k *keeper) finish() error {
+	// First, for the space that the others may need.
+	dropped := k.dropNext()
 	k.writeIndexes()
 	st := k.l.state.Load()
 	if len(st.active.mem) > 0 {
-		if err := writeIndex(k.l.fs, st.last(), st.tail.crc, &st.active); err != nil {
-			return err
+		// Without an index the next opening reads the segment, as after a crash.
+		if err := writeIndex(k.l.fs, st.last(), st.tail.crc, &st.active); err != nil && !vfs.IsFull(err) {
+			return errors.Join(err, dropped)
 		}
 	}
 	if err := k.recordDurable(true); err != nil {
-		return k.l.fail(err)
+		return errors.Join(k.l.fail(err), dropped)
 	}
-	return nil
+	return dropped
+}
+
+// dropNext removes the segment to come.
+func (k *keeper) dropNext() error {
+	p := k.next
+	if p == nil {
+		return nil
+	}
+	k.next = nil
+	return errors.Join(p.file.Close(), k.l.fs.Remove(p.name))
 }
 
 // release closes the keeper's files.
-func (k *keeper) release() error {
-	var err error
-	if k.next != nil {
-		err = errors.Join(k.next.Close(), k.l.fs.Remove(filepath.Join(k.l.dir, nextName)))
-		k.next = nil
-	}
-	return errors.Join(err, k.checkpoint.f.Close())
-}
+func (k *keeper) release() error { return errors.Join(k.dropNext(), k.checkpoint.f.Close()) }

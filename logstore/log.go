@@ -28,6 +28,7 @@ type Log struct {
 	// mu is held by writers: Append, TruncateSuffix, DeletePrefix, Close.
 	mu     sync.Mutex
 	active vfs.File // the last segment's file
+	space  int64    // how much of it, from its start, has its place on the disk
 	buf    []byte   // frames on their way to it
 	closed bool
 
@@ -44,6 +45,7 @@ type state struct {
 	segs   []*segment // by first index; the last one is active
 	active frameIndex // of the active segment
 	tail   tail       // end of the log
+	size   int64      // of the active segment's file, in bytes
 	// cuts counts truncations and deletions. A reader whose state has another
 	// count than the current one may have looked for frames that are gone.
 	cuts uint64

@@ -30,7 +30,7 @@ func Open(dir string, opts Options) (*Log, error) {
 	o := opening{dir: dir, opts: opts, fs: opts.FS}
 	l, err := o.open()
 	if err != nil {
-		return nil, fmt.Errorf("open log: %w", err)
+		return nil, fmt.Errorf("open log: %w", full(err))
 	}
 	return l, nil
 }
@@ -183,7 +183,7 @@ func (o *opening) readHeaders() error {
 		return missing(c.segment)
 	}
 	for i, s := range o.segs {
-		h, err := o.readHeader(s)
+		h, size, err := o.readHeader(s)
 		if err != nil {
 			return err
 		}
@@ -191,9 +191,10 @@ func (o *opening) readHeaders() error {
 			return s.corrupt(16, "the segment belongs to another log")
 		}
 		*s = *newSegment(o.dir, h)
+		s.size = size
 		if i > 0 {
 			next := s.start()
-			o.segs[i-1].seal(&next)
+			o.segs[i-1].seal(&next, o.segs[i-1].size)
 		}
 	}
 	// A deletion records what is to remain first; a crash may leave files.
@@ -219,13 +220,17 @@ func (o *opening) readHeaders() error {
 	return nil
 }
 
-func (o *opening) readHeader(s *segment) (h segmentHeader, err error) {
+func (o *opening) readHeader(s *segment) (h segmentHeader, size int64, err error) {
 	f, err := o.fs.Open(s.file)
 	if err != nil {
-		return h, err
+		return h, 0, err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	return readSegmentHeader(f, s.file, s.firstIndex)
+	if size, err = f.Size(); err != nil {
+		return h, 0, err
+	}
+	h, err = readSegmentHeader(f, s.file, s.firstIndex)
+	return h, size, err
 }
 
 // checkSeam notices a missing segment between two others: then the one
@@ -404,7 +409,9 @@ func (o *opening) accept() (*Log, error) {
 			return nil, fmt.Errorf("cut the torn tail of %s: %w", s.file, err)
 		}
 	}
-	if err := o.active.Preallocate(o.opts.SegmentSize); err != nil {
+	// What there is no space for now, the append that needs it will ask for.
+	space, err := preallocateIfRoom(o.active, o.opts.SegmentSize)
+	if err != nil {
 		return nil, fmt.Errorf("preallocate %s: %w", s.file, err)
 	}
 	if err := o.rewriteUnsynced(s); err != nil {
@@ -422,10 +429,11 @@ func (o *opening) accept() (*Log, error) {
 		recovery: o.recovery,
 		handles:  handles{fs: o.fs, max: o.opts.MaxOpenSegments},
 		active:   o.active,
+		space:    space,
 		failed:   make(chan struct{}),
 	}
 	o.tail.synced = o.tail.index
-	st := &state{segs: o.segs, active: o.index, tail: o.tail}
+	st := &state{segs: o.segs, active: o.index, tail: o.tail, size: space}
 	l.state.Store(st)
 	l.handles.pin(s, o.active)
 

@@ -128,12 +128,12 @@ type segment struct {
 	idx  string // path of the .idx
 	seed uint32
 
-	// Of sealed segments only; the active one's are in state. end is where the
-	// last frame ends, 0 while it is not known.
+	// Of sealed segments only; the active one's are in state.
 	last     uint64 // index of the last entry
 	lastCRC  uint32
 	nextOff  uint64
 	lastTime int64
+	size     int64 // of the file, in bytes
 
 	handle handle
 }
@@ -151,8 +151,8 @@ func newSegment(dir string, h segmentHeader) *segment {
 func (s *segment) count() int { return int(s.last - s.firstIndex + 1) }
 
 // seal gives a segment what is known once no frame can follow t.
-func (s *segment) seal(t *tail) {
-	s.last, s.lastCRC, s.nextOff, s.lastTime = t.index, t.crc, t.offset, t.time
+func (s *segment) seal(t *tail, size int64) {
+	s.last, s.lastCRC, s.nextOff, s.lastTime, s.size = t.index, t.crc, t.offset, t.time, size
 }
 
 func (s *segment) corrupt(pos int64, format string, args ...any) error {

@@ -3,6 +3,7 @@ package logstore
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 
 	"github.com/diurnalog/diurna/logstore/vfs"
@@ -50,21 +51,68 @@ func (l *Log) TruncateSuffix(from uint64) error {
 	// hold the old one see what it was, or retry.
 	again := newSegment(l.dir, cut.segmentHeader)
 	segs := append(st.segs[:k:k], again)
-	l.handles.pin(again, file)
 	next := &state{segs: segs, active: frameIndex{mem: kept, end: t.pos}, tail: t, cuts: st.cuts + 1}
-	l.state.Store(next)
-	l.active = file
+	publish := func() {
+		l.handles.pin(again, file)
+		l.state.Store(next)
+		l.active, l.space = file, t.pos
+	}
+	replace := !l.exports.unlessHeld(from, publish)
+	if replace {
+		// An export goes on reading the file as it is.
+		old := file
+		file, err = l.copyStart(old, t.pos)
+		if err := errors.Join(err, old.Close()); err != nil {
+			return full(err) // nothing was changed
+		}
+		publish()
+	}
 	l.keeper.forget(func(s *segment) bool { return s.last >= from })
 
-	if err := l.cutFiles(next, cut, dropped); err != nil {
+	if err := l.cutFiles(next, cut, dropped, replace); err != nil {
 		return l.fail(fmt.Errorf("truncate at index %d: %w", from, err))
 	}
 	return nil
 }
 
-// cutFiles brings the files to where next says the log ends. Called with the
-// keeper's mu held.
-func (l *Log) cutFiles(next *state, cut *segment, dropped []*segment) error {
+// cutName is the file that takes the place of a segment which is cut but must
+// not be changed.
+const cutName = "cut" + tempSuffix
+
+// copyStart makes a durable copy of the first size bytes of a segment.
+func (l *Log) copyStart(from vfs.File, size int64) (vfs.File, error) {
+	name := filepath.Join(l.dir, cutName)
+	f, err := vfs.CreateOver(l.fs, name)
+	if err != nil {
+		return nil, err
+	}
+	if err := copyTo(f, from, size, l.opts.SegmentSize); err != nil {
+		return nil, errors.Join(err, f.Close(), l.fs.Remove(name))
+	}
+	return f, nil
+}
+
+func copyTo(f, from vfs.File, size, space int64) error {
+	if err := f.Preallocate(max(size, space)); err != nil {
+		return err
+	}
+	buf := make([]byte, min(size, scanBuffer))
+	for pos := int64(0); pos < size; {
+		b := buf[:min(int64(len(buf)), size-pos)]
+		if _, err := from.ReadAt(b, pos); err != nil {
+			return err
+		}
+		if _, err := f.WriteAt(b, pos); err != nil {
+			return err
+		}
+		pos += int64(len(b))
+	}
+	return f.Sync()
+}
+
+// cutFiles brings the files to where next says the log ends. replace: the
+// segment's new file is prepared. Called with the keeper's mu held.
+func (l *Log) cutFiles(next *state, cut *segment, dropped []*segment, replace bool) error {
 	// First, or a crash behind one of the next steps would look like damage.
 	c := next.checkpoint(l.id)
 	c.cut = true
@@ -87,6 +135,24 @@ func (l *Log) cutFiles(next *state, cut *segment, dropped []*segment) error {
 	if err := vfs.RemoveIfThere(l.fs, cut.idx); err != nil {
 		return err
 	}
+	if err := l.cutActive(next, cut, replace); err != nil {
+		return err
+	}
+	l.handles.doom(cut)
+	// Last, before anything is appended that must not be removed.
+	return l.keeper.record(next, false)
+}
+
+func (l *Log) cutActive(next *state, cut *segment, replace bool) error {
+	if replace {
+		if err := l.fs.Rename(filepath.Join(l.dir, cutName), cut.file); err != nil {
+			return err
+		}
+		if err := l.fs.SyncDir(l.dir); err != nil {
+			return err
+		}
+		return l.measureActive(next)
+	}
 	if err := l.active.Truncate(next.tail.pos); err != nil {
 		return err
 	}
@@ -95,12 +161,18 @@ func (l *Log) cutFiles(next *state, cut *segment, dropped []*segment) error {
 	if err := l.active.Sync(); err != nil {
 		return err
 	}
-	if err := l.active.Preallocate(l.opts.SegmentSize); err != nil {
+	return l.measureActive(next)
+}
+
+// measureActive gives the active segment its space, if there is any.
+func (l *Log) measureActive(st *state) (err error) {
+	if l.space, err = preallocateIfRoom(l.active, l.opts.SegmentSize); err != nil {
 		return err
 	}
-	l.handles.doom(cut)
-	// Last, before anything is appended that must not be removed.
-	return l.keeper.record(next, false)
+	sized := *st
+	sized.size = l.space
+	l.state.Store(&sized)
+	return nil
 }
 
 // endBefore returns the end of a segment as it was before the entry at index
@@ -173,7 +245,7 @@ func (l *Log) DeletePrefix(below uint64) (first uint64, err error) {
 	l.keeper.mu.Lock()
 	defer l.keeper.mu.Unlock()
 	dropped := st.segs[:n]
-	next := &state{segs: slices.Clone(st.segs[n:]), active: st.active, tail: st.tail, cuts: st.cuts + 1}
+	next := &state{segs: slices.Clone(st.segs[n:]), active: st.active, tail: st.tail, size: st.size, cuts: st.cuts + 1}
 	first = next.segs[0].firstIndex
 	l.state.Store(next)
 	l.keeper.forget(func(s *segment) bool { return s.firstIndex < first })

@@ -141,8 +141,8 @@ func expired(segments []logstore.SegmentInfo, want Retention, now time.Time) (n 
 	for n < len(segments)-1 { // the last one is appended to
 		s := segments[n]
 		switch {
-		case want.Age > 0 && now.Sub(time.Unix(0, s.LastTime)) > want.Age:
-			why = fmt.Sprintf("their append times, up to %s, are more than %v before %s", time.Unix(0, s.LastTime).UTC().Format(time.RFC3339), want.Age, now.UTC().Format(time.RFC3339))
+		case want.Age > 0 && now.Sub(time.Unix(0, s.LastAppendTime)) > want.Age:
+			why = fmt.Sprintf("their append times, up to %s, are more than %v before %s", time.Unix(0, s.LastAppendTime).UTC().Format(time.RFC3339), want.Age, now.UTC().Format(time.RFC3339))
 		case want.Bytes > 0 && total > want.Bytes:
 			why = fmt.Sprintf("with them the log has %d bytes, more than %d", total, want.Bytes)
 		default:

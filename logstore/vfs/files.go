@@ -16,6 +16,10 @@ const TempSuffix = ".tmp"
 // content or as it was before. It is durable when WriteFile returns nil.
 func WriteFile(fsys FS, name string, content []byte) error {
 	if err := writeTemp(fsys, name+TempSuffix, content); err != nil {
+		if IsFull(err) {
+			// Not to hold on to the part that there was space for.
+			err = errors.Join(err, RemoveIfThere(fsys, name+TempSuffix))
+		}
 		return err
 	}
 	if err := fsys.Rename(name+TempSuffix, name); err != nil {

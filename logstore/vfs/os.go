@@ -78,6 +78,25 @@ func (osFS) SyncDir(dir string) (err error) {
 	return d.Sync()
 }
 
+func (osFS) Free(dir string) (uint64, error) {
+	var st unix.Statfs_t
+	for {
+		err := unix.Statfs(dir, &st)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return 0, &fs.PathError{Op: "statfs", Path: dir, Err: err}
+		}
+		// The fields' types differ between systems. Some count what is reserved
+		// for root down from below zero.
+		if int64(st.Bavail) < 0 {
+			return 0, nil
+		}
+		return uint64(st.Bavail) * uint64(st.Bsize), nil
+	}
+}
+
 func (osFS) Lock(name string) (io.Closer, error) {
 	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o640)
 	if err != nil {

@@ -40,6 +40,9 @@ type FS interface {
 	MkdirAll(dir string) error
 	// SyncDir makes the names in a directory durable.
 	SyncDir(dir string) error
+	// Free returns how many bytes can still be written to the filesystem that
+	// holds dir, by a user without privileges.
+	Free(dir string) (bytes uint64, err error)
 	// Lock takes an exclusive lock, making the lock file if needed, and fails
 	// at once with ErrLocked when another process or another call holds it.
 	// The lock ends with Close, or with the process.

@@ -53,9 +53,20 @@ func (f *file) WriteAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	end := off + int64(len(p))
-	f.n.resize(max(end, int64(len(f.n.data))))
-	copy(f.n.data[off:], p)
-	f.n.touch(off, end)
+	full := false
+	if got := f.m.take(f.n, end); got < end {
+		full = true
+		p = p[:max(got-off, 0)]
+		end = off + int64(len(p))
+	}
+	if len(p) > 0 {
+		f.n.resize(max(end, int64(len(f.n.data))))
+		copy(f.n.data[off:], p)
+		f.n.touch(off, end)
+	}
+	if full {
+		return len(p), noSpace("write", f.name)
+	}
 	return len(p), nil
 }
 
@@ -106,6 +117,7 @@ func (f *file) Truncate(size int64) error {
 		return err
 	}
 	f.n.resize(size)
+	f.n.space = min(f.n.space, size)
 	return nil
 }
 
@@ -118,7 +130,11 @@ func (f *file) Preallocate(size int64) error {
 	if err := f.check("preallocate", true); err != nil {
 		return err
 	}
-	f.n.resize(max(size, int64(len(f.n.data))))
+	got := f.m.take(f.n, size)
+	f.n.resize(max(min(got, size), int64(len(f.n.data))))
+	if got < size {
+		return noSpace("preallocate", f.name)
+	}
 	return nil
 }
 
@@ -141,6 +157,10 @@ func (f *file) Close() error {
 		return &fs.PathError{Op: "close", Path: f.name, Err: fs.ErrClosed}
 	}
 	f.closed = true
+	f.n.opens--
+	if f.n.opens == 0 {
+		delete(f.m.removed, f.n)
+	}
 	return nil
 }
 

@@ -11,6 +11,11 @@
 //   - its length is the synced one, the latest one, or one in between;
 //   - unsynced Create, Rename and Remove survive one by one, each whole.
 //
+// It may have a capacity, past which writes, preallocations and new names fail
+// with ENOSPC, having taken what was left, as on a disk. What has its space,
+// written or preallocated, can be rewritten in place; growing with Truncate
+// takes none. A file that was removed takes up its space until it is closed.
+//
 // It assumes what SQLite calls powersafe overwrite: rewriting a byte with the
 // same value never damages it.
 package vfstest
@@ -61,6 +66,9 @@ type Mem struct {
 	pending []nameOp // since the last SyncDir, in order
 	locks   map[string]bool
 	hook    func(Op) error
+
+	capacity int64          // in bytes; negative: no limit
+	removed  map[*node]bool // files without a name that are open
 }
 
 type nameOp struct {
@@ -73,6 +81,9 @@ type node struct {
 	data   []byte
 	synced []byte
 	dirty  map[int64]bool // sectors of data that differ from synced
+	// space is how much of data, from its start, has its place on the disk.
+	space int64
+	opens int // open descriptors
 }
 
 // New returns an empty filesystem.
@@ -82,6 +93,9 @@ func New() *Mem {
 		live:    map[string]*node{},
 		durable: map[string]*node{},
 		locks:   map[string]bool{},
+
+		capacity: -1,
+		removed:  map[*node]bool{},
 	}
 }
 
@@ -137,7 +151,7 @@ func (m *Mem) CrashClone(rng *rand.Rand, survive Survival) *Mem {
 	}
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		data := names[name].crash(rng, survive)
-		n := &node{data: data, synced: slices.Clone(data), dirty: map[int64]bool{}}
+		n := &node{data: data, synced: slices.Clone(data), dirty: map[int64]bool{}, space: int64(len(data))}
 		c.live[name] = n
 		c.durable[name] = n
 	}
@@ -215,6 +229,7 @@ func (m *Mem) Mutate(name string, change func(data []byte) []byte) error {
 	n.data = change(n.data)
 	n.synced = slices.Clone(n.data)
 	n.dirty = map[int64]bool{}
+	n.space = int64(len(n.data))
 	return nil
 }
 
@@ -247,7 +262,10 @@ func (m *Mem) Create(name string) (vfs.File, error) {
 	if m.live[name] != nil {
 		return nil, &fs.PathError{Op: "create", Path: name, Err: fs.ErrExist}
 	}
-	n := &node{dirty: map[int64]bool{}}
+	if m.free() <= 0 {
+		return nil, noSpace("create", name)
+	}
+	n := &node{dirty: map[int64]bool{}, opens: 1}
 	m.live[name] = n
 	m.pending = append(m.pending, nameOp{kind: "create", new: name, node: n})
 	return &file{m: m, n: n, name: name, write: true}, nil
@@ -267,6 +285,7 @@ func (m *Mem) open(name string, write bool) (vfs.File, error) {
 	if n == nil {
 		return nil, notExist("open", name)
 	}
+	n.opens++
 	return &file{m: m, n: n, name: name, write: write}, nil
 }
 
@@ -281,7 +300,7 @@ func (m *Mem) Remove(name string) error {
 	if m.live[name] == nil {
 		return notExist("remove", name)
 	}
-	delete(m.live, name)
+	m.drop(name)
 	m.pending = append(m.pending, nameOp{kind: "remove", old: name})
 	return nil
 }
@@ -299,6 +318,7 @@ func (m *Mem) Rename(oldname, newname string) error {
 		return notExist("rename", oldname)
 	}
 	delete(m.live, oldname)
+	m.drop(newname)
 	m.live[newname] = n
 	m.pending = append(m.pending, nameOp{kind: "rename", old: oldname, new: newname, node: n})
 	return nil
@@ -333,6 +353,9 @@ func (m *Mem) MkdirAll(dir string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for !m.dirs[dir] {
+		if m.free() <= 0 {
+			return noSpace("mkdir", dir)
+		}
 		m.dirs[dir] = true
 		dir = path.Dir(dir)
 	}
