@@ -1,6 +1,7 @@
 package replica
 
 import (
+	"context"
 	"errors"
 	"time"
 
@@ -8,11 +9,14 @@ import (
 )
 
 const (
-	// scrubStep is how often the scrub reads a little.
-	scrubStep = time.Second
-	// scrubMax bounds what it reads in a step.
+	// scrubMax bounds the scrub's rate, in bytes per second.
 	scrubMax = 32 << 20
+	// scrubPause is between two passes, and after a failed read.
+	scrubPause = time.Second
 )
+
+// errReplaced ends the scrub of a log that another has taken the place of.
+var errReplaced = errors.New("the log was replaced")
 
 // scrub reads the whole log, again and again, at a pace at which one time takes
 // Config.ScrubInterval, so that damage to what nobody reads is found while the
@@ -21,48 +25,60 @@ func (r *Replica) scrub() {
 	if r.cfg.ScrubInterval < 0 {
 		return
 	}
-	step := min(scrubStep, r.cfg.ScrubInterval)
-	ticker := time.NewTicker(step)
-	defer ticker.Stop()
-	var buf []byte
-	next := uint64(0)
-	for {
-		select {
-		case <-ticker.C:
-		case <-r.failed:
-			return
-		case <-r.closing:
-			return
-		}
-		var total int64
-		for _, s := range r.gens.log().Segments() {
-			total += s.Bytes
-		}
-		share := int64(float64(total) * step.Seconds() / r.cfg.ScrubInterval.Seconds())
-		next, buf = r.scrubSome(next, min(share, scrubMax)+1, buf)
+	from := uint64(0)
+	for r.rest(min(scrubPause, r.cfg.ScrubInterval)) == nil {
+		from = r.scrubFrom(from)
 	}
 }
 
-// scrubSome reads some bytes from an index on, and returns where to go on.
-func (r *Replica) scrubSome(next uint64, bytes int64, buf []byte) (uint64, []byte) {
+// rest waits, and returns an error when the replica ends.
+func (r *Replica) rest(d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-r.failed:
+		return r.failure
+	case <-r.closing:
+		return ErrClosed
+	}
+}
+
+// scrubFrom checks the log from an index on and returns where to go on.
+func (r *Replica) scrubFrom(from uint64) uint64 {
 	gen := r.gens.use()
 	defer r.gens.release(gen)
-	next = max(next, gen.log.FirstIndex())
-	for bytes > 0 {
-		var err error
-		_, buf, err = gen.log.Entry(next, buf)
-		switch {
-		case errors.Is(err, logstore.ErrClosed):
-			return next, buf
-		case errors.Is(err, logstore.ErrNotFound):
-			return 0, buf // from the start again
-		case err != nil && !isDamage(err):
-			r.cfg.Logger.Warn("scrub: an entry could not be read", "index", next, "error", err)
-		case err != nil:
-			r.damaged(err)
-		}
-		bytes -= int64(len(buf)) + logstore.HeaderSize
-		next++
+	segments := gen.log.Segments()
+	total := int64(0)
+	for _, s := range segments {
+		total += s.Bytes
 	}
-	return next, buf
+	rate := min(float64(total)/r.cfg.ScrubInterval.Seconds(), scrubMax) + 1
+	next, err := gen.log.Verify(context.Background(), from, func(bytes int) error {
+		if r.gens.now.Load() != gen {
+			return errReplaced
+		}
+		return r.rest(time.Duration(float64(bytes) / rate * float64(time.Second)))
+	})
+	switch {
+	case err == nil, errors.Is(err, errReplaced), errors.Is(err, logstore.ErrClosed), r.Err() != nil:
+		return 0
+	case isDamage(err):
+		r.damaged(err)
+		// What follows may be whole. Verify begins with a whole segment.
+		for _, s := range segments {
+			if s.FirstIndex > next {
+				return s.FirstIndex
+			}
+		}
+		return 0
+	default:
+		select {
+		case <-r.closing:
+		default:
+			r.cfg.Logger.Warn("scrub: the log could not be read", "index", next, "error", err)
+		}
+		return next
+	}
 }
