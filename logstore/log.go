@@ -69,6 +69,10 @@ type Recovery struct {
 	Bytes    int64
 }
 
+// ID is in all files of this copy of the log, and of no other: random, made with
+// it.
+func (l *Log) ID() [16]byte { return l.id }
+
 // Recovery returns what Open found and did.
 func (l *Log) Recovery() Recovery { return l.recovery }
 

@@ -125,7 +125,7 @@ func TestCloseUnderLoad(t *testing.T) {
 // TestCloseBeforeLeading does not wait for what will never be.
 func TestCloseBeforeLeading(t *testing.T) {
 	cfg := testConfig(t, t.TempDir())
-	cfg.Bootstrap = false // a server that nobody has asked to join
+	cfg.Bootstrap = nil // a server that nobody has asked to join
 	r, err := Open(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -210,7 +210,7 @@ func TestDiskFailure(t *testing.T) {
 		if err := r.Err(); !errors.Is(err, broken) {
 			t.Errorf("%s: %v", kind, err)
 		}
-		if err := r.WaitReady(testContext(t)); err == nil && r.log.Err() != nil {
+		if err := r.WaitReady(testContext(t)); err == nil && r.gens.log().Err() != nil {
 			t.Logf("%s: ready for a moment", kind)
 		}
 		if err := r.Close(context.Background()); !errors.Is(err, logstore.ErrFailed) {
@@ -240,7 +240,7 @@ func TestVoteFailure(t *testing.T) {
 	cfg := testConfig(t, t.TempDir())
 	cfg.OnFatal = func(err error) { told = append(told, err) }
 	r := mustOpen(t, cfg)
-	if err := r.stable.bolt.Close(); err != nil {
+	if err := r.stable.Close(); err != nil {
 		t.Fatal(err)
 	}
 	if err := r.stable.Set(keyLastVoteCand, []byte("b")); err == nil || len(told) != 1 {
@@ -290,7 +290,7 @@ func TestHungDisk(t *testing.T) {
 	if err := errors.Join(r.raft.Shutdown().Error(), r.stable.Close()); err != nil {
 		t.Fatal(err)
 	}
-	<-after(func() { _ = r.log.Close() })
+	<-after(func() { _ = r.gens.close() })
 	cfg.FS, cfg.Transport = clone, nil
 	r = mustOpen(t, cfg)
 	defer mustClose(t, r)

@@ -21,8 +21,7 @@ type Config struct {
 	// Dir holds everything of this replica. It is made if it is missing. The
 	// caller keeps other processes out of it.
 	Dir string
-	// FS is where the log and the snapshots live; term and vote are in a
-	// BoltDB file on the real filesystem. Default: vfs.OS.
+	// FS is where all of it lives. Default: vfs.OS.
 	FS vfs.FS
 
 	// ID is this server's id. It belongs to the data: a server that lost its
@@ -33,9 +32,19 @@ type Config struct {
 	// Transport connects to the other servers. The replica closes it, unless
 	// Open fails. Default: one that reaches nobody, for a group of one.
 	Transport raft.Transport
-	// Bootstrap makes this server, if it holds nothing yet, the only voter of a
-	// new cluster.
-	Bootstrap bool
+	// Bootstrap is the first voters of a new cluster, this server among them, in
+	// the same order on all of them; only their ids and addresses count. It is
+	// used where there is no log yet. Without it, such a server waits to be added
+	// to a cluster.
+	Bootstrap []Server
+	// ClusterID is the cluster that this server believes to be in; "" if it does
+	// not know. The first leader of a new cluster commits its own; a replica
+	// whose group has another one fails with a *ForeignClusterError.
+	ClusterID string
+	// OnClusterID is called, once, when a replica that had no ClusterID learns
+	// it, perhaps before Open returns. The replica waits for it when it closes.
+	// Default: nothing.
+	OnClusterID func(string)
 
 	// SegmentSize of the log, in bytes. Default: logstore.DefaultSegmentSize.
 	SegmentSize int64
@@ -46,6 +55,12 @@ type Config struct {
 	// InFlightBytes bounds all batches that wait for their outcome. Default:
 	// 64 MiB.
 	InFlightBytes int64
+
+	// Retention is what the log keeps. Default: everything. See SetRetention.
+	Retention Retention
+	// ScrubInterval is the time in which all of the log is read, slowly, to find
+	// damage before somebody needs what it hit. Default: 24 h. Negative: never.
+	ScrubInterval time.Duration
 
 	// Raft's clockwork. Defaults: heartbeat and election 2 s, lease 1.5 s,
 	// commit 5 ms (an idle follower's lag), snapshots every 5 to 10 s.
@@ -59,9 +74,9 @@ type Config struct {
 	Now func() time.Time
 	// Logger. Default: none.
 	Logger hclog.Logger
-	// OnFatal is called, once, when the disk failed in a way after which this
-	// process cannot go on: nothing more is acknowledged, and it should exit.
-	// It may be called while Raft waits for it. Default: nothing; see Failed.
+	// OnFatal is called, once, with what Err returns, when this replica cannot
+	// go on: nothing more is acknowledged. It may be called while Raft waits for
+	// it. Default: nothing; see Failed.
 	OnFatal func(error)
 }
 
@@ -91,6 +106,10 @@ func (c *Config) applyDefaultsAndValidate() error {
 	def(&c.LeaderLeaseTimeout, min(1500*time.Millisecond, c.HeartbeatTimeout))
 	def(&c.CommitTimeout, 5*time.Millisecond)
 	def(&c.SnapshotInterval, 5*time.Second)
+	def(&c.ScrubInterval, 24*time.Hour)
+	if c.OnClusterID == nil {
+		c.OnClusterID = func(string) {}
+	}
 	if c.Now == nil {
 		c.Now = time.Now
 	}
@@ -109,8 +128,10 @@ func (c *Config) applyDefaultsAndValidate() error {
 		return fmt.Errorf("%d bytes in flight leave no room for an entry of %d", c.InFlightBytes, c.EntryBytes)
 	case c.EntriesInFlight < 1:
 		return fmt.Errorf("%d entries in flight are too few", c.EntriesInFlight)
+	case len(c.ClusterID) > maxControlString:
+		return fmt.Errorf("the cluster id is longer than %d bytes", maxControlString)
 	}
-	return nil
+	return c.Retention.validate()
 }
 
 func (c *Config) raftConfig() *raft.Config {

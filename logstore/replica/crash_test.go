@@ -4,8 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
@@ -46,12 +44,9 @@ type crashPoint struct {
 func TestCrash(t *testing.T) {
 	rng := vfstest.Rand(t)
 	want := vfstest.Env(t, "DIURNA_CRASH_POINTS", 400)
-	dir := t.TempDir()
+	dir := "data"
 	for points := 0; points < want; {
 		disk := vfstest.New()
-		if err := os.RemoveAll(filepath.Join(dir, "raft.db")); err != nil {
-			t.Fatal(err)
-		}
 		for generation := range 3 { // the second runs on what the first left
 			crashes := runUntilCrashed(t, dir, disk, rng, uint64(generation)<<48, 20)
 			points += len(crashes)
@@ -70,10 +65,6 @@ func TestCrash(t *testing.T) {
 func runUntilCrashed(t *testing.T, dir string, disk *vfstest.Mem, rng *rand.Rand, firstID uint64, n int) []crashPoint {
 	t.Helper()
 	r := mustOpen(t, memConfig(dir, disk))
-	stable, err := os.ReadFile(filepath.Join(dir, "raft.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
 	var told promises
 	var mu sync.Mutex // of what follows, for the hook
 	var crashes []crashPoint
@@ -142,12 +133,8 @@ func runUntilCrashed(t *testing.T, dir string, disk *vfstest.Mem, rng *rand.Rand
 	}
 	term := r.raft.CurrentTerm()
 	mustClose(t, r)
-	// Term and vote are on the real disk, and are as they were all the time.
-	if known, err := reopenVote(t, filepath.Join(dir, "raft.db")); err != nil || known.term != term {
+	if known, err := reopenVote(disk, dir); err != nil || known.term != term {
 		t.Fatalf("%+v, %v; the term was %d", known, err, term)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "raft.db"), stable, 0o600); err != nil {
-		t.Fatal(err)
 	}
 	return crashes
 }
@@ -191,7 +178,7 @@ func checkCrash(t *testing.T, dir string, c crashPoint) error {
 // after it.
 func TestCrashWhileOpening(t *testing.T) {
 	rng := vfstest.Rand(t)
-	dir := t.TempDir()
+	dir := "data"
 	c := runUntilCrashed(t, dir, vfstest.New(), rng, 0, 8)[7]
 	crash := errors.New("crash")
 	for k := 1; ; k++ {
@@ -231,7 +218,7 @@ func TestCrashWhileBootstrapping(t *testing.T) {
 	crash := errors.New("crash")
 	for k := 1; ; k++ {
 		for _, survive := range []vfstest.Survival{vfstest.None, vfstest.Some, vfstest.All} {
-			dir := t.TempDir()
+			dir := "data"
 			disk := vfstest.New()
 			n := 0
 			disk.SetHook(func(vfstest.Op) error {

@@ -18,6 +18,14 @@ var (
 	// ErrHangs: Raft does not stop, because it waits for the disk. It may still
 	// write to the replica's files.
 	ErrHangs = errors.New("raft does not stop: it waits for the disk")
+	// ErrDamaged: bytes that were durable are not what was written. This copy of
+	// the log is no replica any more; it must be put aside, and its server must
+	// come back with nothing, under another id. Wraps a *CorruptError, of this
+	// package or of logstore.
+	ErrDamaged = errors.New("the replica is damaged")
+	// ErrRestart: Raft believes something of the log that is not so any more. The
+	// replica must be closed and opened again, on the same files.
+	ErrRestart = errors.New("the replica must be opened again")
 )
 
 // NotLeaderError: another node leads. Nothing was appended.
@@ -48,6 +56,27 @@ type TooLargeError struct{ Size, Limit int }
 
 func (e *TooLargeError) Error() string {
 	return fmt.Sprintf("batch has %d bytes, the limit is %d", e.Size, e.Limit)
+}
+
+// ForeignClusterError: this replica believes to be in one cluster, and its group
+// is another one.
+type ForeignClusterError struct {
+	Ours, Theirs string // cluster ids
+}
+
+func (e *ForeignClusterError) Error() string {
+	return fmt.Sprintf("this node belongs to cluster %s, but its log is that of cluster %s", e.Ours, e.Theirs)
+}
+
+// VersionError: something was written by a newer Diurna. An older one that went
+// on without it would not be a replica any more.
+type VersionError struct {
+	What   string
+	Detail string
+}
+
+func (e *VersionError) Error() string {
+	return fmt.Sprintf("%s has %s, which this version does not know: use a newer Diurna", e.What, e.Detail)
 }
 
 // CorruptError: a file of the replica other than the log's own is damaged. The

@@ -20,13 +20,12 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func testConfig(_ testing.TB, dir string) Config {
 	const tick = 5 * time.Millisecond
 	return Config{
-		Dir: dir, ID: "a", Address: "a:1", Bootstrap: true,
+		Dir: dir, ID: "a", Address: "a:1", Bootstrap: []Server{{ID: "a", Address: "a:1"}},
 		HeartbeatTimeout: tick, ElectionTimeout: tick, LeaderLeaseTimeout: tick,
 	}
 }
 
-// memConfig keeps the log and snapshots, in small segments, in fsys; term and
-// vote are in a real directory of the same name.
+// memConfig keeps everything in fsys, in small segments.
 func memConfig(dir string, fsys vfs.FS) Config {
 	cfg := testConfig(nil, dir)
 	cfg.FS = fsys

@@ -4,13 +4,13 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/diurnalog/diurna/logstore"
+	"github.com/diurnalog/diurna/logstore/vfs"
 	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
 )
 
@@ -22,14 +22,10 @@ func TestRestartAppliesNothing(t *testing.T) {
 		for range 20 {
 			mustPropose(t, r, "0123456789abcdef", 1)
 		}
-		last := r.log.LastIndex()
+		last := r.gens.log().LastIndex()
 		mustClose(t, r)
 
-		s, err := openSnapshots(r.cfg.FS, filepath.Join(dir, "snapshots"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		metas, err := s.List()
+		metas, err := r.snapshots.List()
 		if err != nil || len(metas) != 1 || metas[0].Index != last {
 			t.Fatalf("snapshots %v (%v), want one of index %d", metas, err, last)
 		}
@@ -43,52 +39,69 @@ func TestRestartAppliesNothing(t *testing.T) {
 		if _, watermark, _ := r.Bounds(); watermark != 20*(round+1) || r.applied.Load() != last || r.raft.AppliedIndex() != last {
 			t.Errorf("watermark %d, applied %d and %d, want %d and %d", watermark, r.applied.Load(), r.raft.AppliedIndex(), 20*(round+1), last)
 		}
-		if !r.log.Recovery().Clean {
+		if !r.gens.log().Recovery().Clean {
 			t.Error("the log was not closed")
 		}
 		mustClose(t, r)
 	}
 }
 
-// TestBootstrapInterrupted: Raft writes a term before the first configuration.
+// TestBootstrapInterrupted: the term is written before the first configuration.
+// A server may also have voted before it had any entry.
 func TestBootstrapInterrupted(t *testing.T) {
-	dir := t.TempDir()
-	s := mustOpenStable(t, filepath.Join(dir, "raft.db"), 0)
-	if err := errors.Join(s.SetUint64(keyCurrentTerm, 1), s.Close()); err != nil {
-		t.Fatal(err)
+	for _, v := range []vote{{term: 1}, {5, 4, "b:1"}} {
+		fs := vfstest.New()
+		waiting := memConfig("data", fs)
+		waiting.Bootstrap = nil
+		r, err := Open(waiting)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := v.write(r.stable); err != nil {
+			t.Fatal(err)
+		}
+		mustClose(t, r)
+		r = mustOpen(t, memConfig("data", fs))
+		mustPropose(t, r, string(batchOf(1, 1).Records), 1)
+		if got, err := readVote(r.stable); err != nil || got.term <= v.term || got.voteTerm < v.voteTerm {
+			t.Errorf("%+v (%v), was %+v", got, err, v)
+		}
+		if e, _, err := r.gens.log().Entry(1, nil); err != nil || e.Term != 1 {
+			t.Errorf("first entry %+v (%v)", e, err)
+		}
+		mustClose(t, r)
 	}
-	r := mustOpen(t, testConfig(t, dir))
-	mustPropose(t, r, "x", 1)
-	mustClose(t, r)
 }
 
-// TestLostLog: a server that has voted has had a log.
-func TestLostLog(t *testing.T) {
-	dir := t.TempDir()
-	s := mustOpenStable(t, filepath.Join(dir, "raft.db"), 0)
-	if err := errors.Join((vote{4, 4, "b"}).write(s), s.Close()); err != nil {
-		t.Fatal(err)
-	}
-	for range 2 {
-		var corrupt *CorruptError
-		if _, err := Open(testConfig(t, dir)); !errors.As(err, &corrupt) {
-			t.Error(err)
+// TestBootstrapRefuses lists of first voters that the others cannot have.
+func TestBootstrapRefuses(t *testing.T) {
+	for name, voters := range map[string][]Server{
+		"not in it":   {{ID: "b", Address: "b:1"}},
+		"no address":  {{ID: "a"}},
+		"twice":       {{ID: "a", Address: "a:1"}, {ID: "a", Address: "b:1"}},
+		"one address": {{ID: "a", Address: "a:1"}, {ID: "b", Address: "a:1"}},
+	} {
+		cfg := memConfig("data", vfstest.New())
+		cfg.Bootstrap = voters
+		if r, err := Open(cfg); err == nil {
+			t.Errorf("%s: it opens", name)
+			mustClose(t, r)
 		}
 	}
 }
 
 // TestOpenRefuses everything that a crash cannot have made.
 func TestOpenRefuses(t *testing.T) {
-	dir := t.TempDir()
+	const dir = "data"
 	fs := vfstest.New()
 	cfg := memConfig(dir, fs)
-	file := filepath.Join(dir, "raft.db")
+	file := filepath.Join(dir, stableName)
 	r := mustOpen(t, cfg)
 	for i := range uint64(30) {
 		p := batchOf(i, 20)
 		mustPropose(t, r, string(p.Records), p.Count)
 	}
-	older, err := os.ReadFile(file)
+	older, err := fs.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,10 +110,6 @@ func TestOpenRefuses(t *testing.T) {
 	r = mustOpen(t, cfg) // a second term, and a second snapshot
 	mustPropose(t, r, string(batchOf(99, 1).Records), 1)
 	mustClose(t, r)
-	stable, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
 
 	var snaps, segments []string
 	for _, name := range fs.Names() {
@@ -158,43 +167,63 @@ func TestOpenRefuses(t *testing.T) {
 			logFiles = append(logFiles, name)
 		}
 	}
+	other := vfstest.New()
+	mustClose(t, mustOpen(t, memConfig(dir, other)))
+	// take puts another copy's files in the place of these.
+	take := func(part string) func(*vfstest.Mem) error {
+		return func(fs *vfstest.Mem) error {
+			var err error
+			for name, b := range other.Snapshot() {
+				if strings.HasPrefix(name, filepath.Join(dir, part)) {
+					err = errors.Join(err, vfs.RemoveIfThere(fs, name), vfs.WriteFile(fs, name, b))
+				}
+			}
+			return err
+		}
+	}
+	with := func(name string, b []byte) func(*vfstest.Mem) error {
+		return func(fs *vfstest.Mem) error { return vfs.WriteFile(fs, name, b) }
+	}
+	current := filepath.Join(dir, currentName)
 	both := func(a, b func(*vfstest.Mem) error) func(*vfstest.Mem) error {
 		return func(fs *vfstest.Mem) error { return errors.Join(a(fs), b(fs)) }
 	}
 	inLog, inReplica := new(*logstore.CorruptError), new(*CorruptError)
 	for name, tc := range map[string]struct {
 		change func(*vfstest.Mem) error
-		stable []byte // of raft.db; nil: removed
-		want   any    // nil: it opens
+		want   any // nil: it opens
 	}{
-		"as it was":                {func(*vfstest.Mem) error { return nil }, stable, nil},
-		"newest snapshot damaged":  {damage(snaps[1], ""), stable, nil},
-		"no snapshots":             {remove(snaps...), stable, nil}, // all is applied again
-		"both snapshots damaged":   {both(damage(snaps[0], ""), damage(snaps[1], "")), stable, inReplica},
-		"unknown state":            {state(func(f *snapshotFile) { f.State = []byte(`{"next_offset":601,"cursors":{}}`) }), stable, inReplica},
-		"watermark too high":       {state(func(f *snapshotFile) { f.State = []byte(`{"next_offset":900}`) }), stable, inReplica},
-		"watermark too low":        {state(func(f *snapshotFile) { f.State = []byte(`{"next_offset":600}`) }), stable, inReplica},
-		"watermark missing":        {state(func(f *snapshotFile) { f.State = []byte(`{}`) }), stable, inReplica},
-		"log is gone":              {remove(logFiles...), stable, inReplica},
-		"everything else is gone":  {both(remove(logFiles...), remove(snaps...)), stable, inReplica},
-		"segment missing":          {remove(segments[1]), stable, inLog},
-		"last entry damaged":       {damage(segments[len(segments)-1], "\x63\x00\x00\x00"), stable, inLog},
-		"entry damaged, to replay": {both(remove(snaps...), damage(segments[0], "\x02\x00\x00\x00")), stable, inLog},
-		"raft.db missing":          {func(*vfstest.Mem) error { return nil }, nil, inReplica},
-		"raft.db empty":            {func(*vfstest.Mem) error { return nil }, []byte{}, inReplica},
-		"raft.db older":            {func(*vfstest.Mem) error { return nil }, older, inReplica},
-		"raft.db damaged":          {func(*vfstest.Mem) error { return nil }, append(make([]byte, 8192), stable[8192:]...), inReplica},
+		"as it was":                 {func(*vfstest.Mem) error { return nil }, nil},
+		"newest snapshot damaged":   {damage(snaps[1], ""), nil},
+		"no snapshots":              {remove(snaps...), nil}, // all is applied again
+		"both snapshots damaged":    {both(damage(snaps[0], ""), damage(snaps[1], "")), inReplica},
+		"unknown state":             {state(func(f *snapshotFile) { f.State = []byte(`{"next_offset":601,"cursors":{}}`) }), inReplica},
+		"watermark too high":        {state(func(f *snapshotFile) { f.State = []byte(`{"next_offset":900}`) }), inReplica},
+		"watermark too low":         {state(func(f *snapshotFile) { f.State = []byte(`{"next_offset":600}`) }), inReplica},
+		"watermark missing":         {state(func(f *snapshotFile) { f.State = []byte(`{}`) }), inReplica},
+		"log is gone":               {remove(logFiles...), inReplica},
+		"everything else is gone":   {both(remove(logFiles...), remove(snaps...)), inReplica},
+		"segment missing":           {remove(segments[1]), inLog},
+		"last entry damaged":        {damage(segments[len(segments)-1], "\x63\x00\x00\x00"), inLog},
+		"entry damaged, to replay":  {both(remove(snaps...), damage(segments[0], "\x02\x00\x00\x00")), inLog},
+		"vote missing":              {remove(file), inReplica},
+		"vote empty":                {with(file, nil), inReplica},
+		"vote older":                {with(file, older), inReplica},
+		"vote damaged":              {both(damage(file, stableMagic), with(file, make([]byte, stableSize))), inReplica},
+		"half of vote damaged":      {damage(file, stableMagic), nil},
+		"vote of another copy":      {take(stableName), inReplica},
+		"pointer missing":           {remove(current), inReplica},
+		"pointer damaged":           {damage(current, ""), inReplica},
+		"pointer of another copy":   {take(currentName), inReplica},
+		"log of another copy":       {both(remove(logFiles...), take("gen-1/log")), inReplica},
+		"all of another generation": {both(take(currentName), take(stableName)), inReplica},
+		"pointer and vote missing":  {remove(file, current), inReplica},
+		"of an older version":       {with(filepath.Join(dir, "raft.db"), nil), new(error)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			clone := fs.CrashClone(nil, vfstest.All)
 			if err := tc.change(clone); err != nil {
 				t.Fatal(err)
-			}
-			_ = os.Remove(file)
-			if tc.stable != nil {
-				if err := os.WriteFile(file, tc.stable, 0o600); err != nil {
-					t.Fatal(err)
-				}
 			}
 			cfg := cfg
 			cfg.FS, cfg.Transport = clone, nil
@@ -226,18 +255,14 @@ func TestOpenRefuses(t *testing.T) {
 					t.Errorf("%s was changed (%v)", name, err)
 				}
 			}
-			if after, err := os.ReadFile(file); tc.stable != nil && (err != nil || !bytes.Equal(after, tc.stable)) {
-				t.Errorf("raft.db was changed (%v)", err)
-			}
 		})
 	}
 }
 
 // TestPrefixNeedsSnapshot: what was deleted cannot be applied again.
 func TestPrefixNeedsSnapshot(t *testing.T) {
-	dir := t.TempDir()
 	fs := vfstest.New()
-	cfg := memConfig(dir, fs)
+	cfg := memConfig("data", fs)
 	r := mustOpen(t, cfg)
 	var all []acked
 	for i := range uint64(60) {
@@ -255,7 +280,7 @@ func TestPrefixNeedsSnapshot(t *testing.T) {
 	if err := r.raft.Snapshot().Error(); err != nil {
 		t.Fatal(err)
 	}
-	first, err := r.log.DeletePrefix(r.log.LastIndex())
+	first, err := r.gens.log().DeletePrefix(r.gens.log().LastIndex())
 	if err != nil || first < 80 {
 		t.Fatal(first, err)
 	}
@@ -280,7 +305,7 @@ func TestPrefixNeedsSnapshot(t *testing.T) {
 		if err := r.WaitReady(t.Context()); err != nil {
 			return err
 		}
-		kept := slices.DeleteFunc(slices.Clone(all), func(a acked) bool { return a.ack.BaseOffset < r.log.FirstOffset() })
+		kept := slices.DeleteFunc(slices.Clone(all), func(a acked) bool { return a.ack.BaseOffset < r.gens.log().FirstOffset() })
 		if len(kept) == 0 || len(kept) == len(all) {
 			return fmt.Errorf("%d of %d batches are kept", len(kept), len(all))
 		}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,12 +17,17 @@ import (
 // All methods are safe for concurrent use.
 type Replica struct {
 	cfg       Config
-	log       *logstore.Log
+	gens      *generations
 	stable    *stableStore
+	snapshots *snapshotStore
+	store     *logStore
+	machine   *fsm
 	raft      *raft.Raft
 	seq       *sequencer
 	watermark *watermark
 	applied   *atomic.Uint64
+	start     *atomic.Uint64 // first offset that may be read
+	retention retention
 
 	failOnce sync.Once
 	failed   chan struct{}
@@ -55,161 +59,70 @@ func Open(cfg Config) (r *Replica, err error) {
 		cfg:       cfg,
 		watermark: &watermark{},
 		applied:   &atomic.Uint64{},
+		start:     &atomic.Uint64{},
 		failed:    make(chan struct{}),
 		closing:   make(chan struct{}),
 	}
-	var opened []func() error
+	files, err := openFiles(&r.cfg, r.broken)
+	if err != nil {
+		return nil, err
+	}
 	defer func() {
 		if err != nil {
-			for i := len(opened) - 1; i >= 0; i-- {
-				err = errors.Join(err, opened[i]())
-			}
+			err = errors.Join(err, files.close())
 		}
 	}()
-
-	if r.log, err = logstore.Open(filepath.Join(cfg.Dir, "log"), logstore.Options{FS: cfg.FS, SegmentSize: cfg.SegmentSize}); err != nil {
-		return nil, err
-	}
-	opened = append(opened, r.log.Close)
-	if rec := r.log.Recovery(); rec.Torn != "" {
-		cfg.Logger.Warn("cut off a write that a crash interrupted; nothing in it was acknowledged", "file", rec.Torn, "position", rec.Position, "bytes", rec.Bytes)
-	}
-	snapshots, err := openSnapshots(cfg.FS, filepath.Join(cfg.Dir, "snapshots"))
+	found, err := recoverState(&r.cfg, files.gen)
 	if err != nil {
 		return nil, err
 	}
-	machine, term, err := r.recoverState(snapshots)
-	if err != nil {
+	if err := files.stable.check(found.term); err != nil {
 		return nil, err
 	}
-	if r.stable, err = openStable(filepath.Join(cfg.Dir, "raft.db"), term, r.fatal); err != nil {
+	if err := removeLeftovers(cfg.FS, cfg.Dir, files.gen.number); err != nil {
 		return nil, err
 	}
-	opened = append(opened, r.stable.Close)
-	store := &logStore{log: r.log, applied: r.applied, fatal: r.fatal}
-	if cfg.Bootstrap {
-		if err := r.bootstrap(store, snapshots); err != nil {
-			return nil, err
-		}
+	r.stable, r.gens = files.stable, newGenerations(files.gen)
+	r.machine = newFSM(found.index, found.state, r.watermark, r.applied, r.start)
+	r.machine.clusterID, r.machine.broken = cfg.ClusterID, r.broken
+	r.snapshots = r.newSnapshots()
+	r.machine.install = r.snapshots.install
+	r.store = &logStore{gens: r.gens, applied: r.applied, broken: r.broken, down: r.Err, rolled: r.retention.poke}
+	r.retention.init(cfg.Retention)
+	if err := bootstrap(&r.cfg, files, r.store); err != nil {
+		return nil, err
 	}
-	if r.raft, err = raft.NewRaft(cfg.raftConfig(), machine, store, r.stable, snapshots, cfg.Transport); err != nil {
+	if r.raft, err = launch(&r.cfg, r.machine, r.store, &stableGuard{r.stable, r.Err}, r.snapshots); err != nil {
 		return nil, fmt.Errorf("start raft: %w", err)
 	}
-	r.seq = newSequencer(r.raft, r.log, &r.cfg, r.notLeader)
+	r.store.raft.Store(r.raft)
+	r.seq = newSequencer(r.raft, r.gens, &r.cfg, r.notLeader)
 	r.seq.start()
-	r.watching.Go(r.watchLog)
+	r.own(func() { r.mind(files.gen) })
+	r.own(r.mindClusterID)
+	r.own(r.mindRetention)
+	r.own(r.scrub)
 	return r, nil
 }
 
-// recoverState makes the state machine of the newest snapshot, and reads what
-// Raft will read of the log, so that damage there is an error of Open's and not
-// a panic of Raft's. It also returns the greatest term that this server has
-// seen.
-func (r *Replica) recoverState(snapshots *snapshotStore) (machine *fsm, term uint64, err error) {
-	snap, damage, err := snapshots.newest()
-	if err != nil {
-		return nil, 0, err
+// broken records the first failure after which this replica must not take part
+// any more: nothing is stored, voted or acknowledged from then on. Damage is
+// ErrDamaged, whoever found it.
+func (r *Replica) broken(err error) {
+	if isDamage(err) && !errors.Is(err, ErrDamaged) {
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	if damage != nil {
-		r.cfg.Logger.Warn("a snapshot is damaged; going on from an older one", "error", damage)
-	}
-	var state fsmState
-	st := r.log.Stats()
-	logDir := filepath.Join(r.cfg.Dir, "log")
-	if snap == nil {
-		if st.FirstIndex > 1 {
-			return nil, 0, &CorruptError{snapshots.dir, fmt.Sprintf("the log starts at index %d, but there is no snapshot of what came before", st.FirstIndex)}
-		}
-		snap = &snapshotFile{}
-	} else {
-		file := snapshots.path(snapshotID(snap.Index, snap.Term))
-		if err := unmarshalStrictly(snap.State, &state); err != nil {
-			return nil, 0, &CorruptError{file, err.Error()}
-		}
-		switch {
-		case st.LastIndex < snap.Index || st.NextOffset < state.NextOffset:
-			return nil, 0, &CorruptError{logDir, fmt.Sprintf("the log ends at index %d, offset %d, but up to index %d, offset %d was committed when the snapshot was taken", st.LastIndex, st.NextOffset, snap.Index, state.NextOffset)}
-		case st.FirstIndex > snap.Index+1:
-			return nil, 0, &CorruptError{logDir, fmt.Sprintf("the log starts at index %d, the snapshot is of index %d", st.FirstIndex, snap.Index)}
-		}
-		if err := r.checkSeam(file, snap, &state); err != nil {
-			return nil, 0, err
-		}
-	}
-	r.applied.Store(snap.Index)
-	r.watermark.advance(state.NextOffset)
-	// Raft reads the last entry even if a snapshot covers it.
-	var buf []byte
-	for index := max(min(snap.Index+1, st.LastIndex), st.FirstIndex); index <= st.LastIndex; index++ {
-		var err error
-		if _, buf, err = r.log.Entry(index, buf); err != nil {
-			return nil, 0, err
-		}
-	}
-	return &fsm{state: state, watermark: r.watermark, applied: r.applied}, max(snap.Term, r.log.LastTerm()), nil
-}
-
-// checkSeam compares a snapshot with the entry that it was taken behind, where
-// that is kept: a snapshot of another log would move the high watermark to
-// where nothing was committed.
-func (r *Replica) checkSeam(file string, snap *snapshotFile, state *fsmState) error {
-	e, _, err := r.log.Entry(snap.Index, nil)
-	switch {
-	case errors.Is(err, logstore.ErrNotFound):
-		return nil
-	case err != nil:
-		return err
-	}
-	if next := e.BaseOffset + uint64(e.Count); e.Term != snap.Term || next != state.NextOffset {
-		return &CorruptError{file, fmt.Sprintf("it is of index %d, term %d, next offset %d; the log has term %d, next offset %d there", snap.Index, snap.Term, state.NextOffset, e.Term, next)}
-	}
-	return nil
-}
-
-// bootstrap makes the first configuration if there is nothing at all. Raft
-// writes a term before it, and a crash between the two would leave a server
-// that believes to have state but has no peers, not even itself; a term
-// without a log is such a leftover.
-func (r *Replica) bootstrap(store *logStore, snapshots *snapshotStore) error {
-	if last, err := store.LastIndex(); err != nil || last > 0 {
-		return err
-	}
-	if ids, err := snapshots.ids(); err != nil || len(ids) > 0 {
-		return err
-	}
-	if err := r.stable.SetUint64(keyCurrentTerm, 0); err != nil {
-		return err
-	}
-	configuration := raft.Configuration{Servers: []raft.Server{{
-		ID: raft.ServerID(r.cfg.ID), Address: raft.ServerAddress(r.cfg.Address), Suffrage: raft.Voter,
-	}}}
-	if err := raft.BootstrapCluster(r.cfg.raftConfig(), store, r.stable, snapshots, r.cfg.Transport, configuration); err != nil {
-		return fmt.Errorf("bootstrap: %w", err)
-	}
-	return nil
-}
-
-// watchLog notices a failure of the log's own background writes.
-func (r *Replica) watchLog() {
-	select {
-	case <-r.log.Failed():
-		r.fatal(r.log.Err())
-	case <-r.closing:
-	}
-}
-
-// fatal records the first failure after which nothing may be acknowledged.
-func (r *Replica) fatal(err error) {
 	r.failOnce.Do(func() {
 		r.failure = err
 		close(r.failed)
-		r.cfg.Logger.Error("the disk failed; this node must stop", "error", err)
+		r.cfg.Logger.Error("this replica must stop", "error", err)
 		r.cfg.OnFatal(err)
 	})
 }
 
-// Failed is closed when the disk failed and the process should exit. Err tells
-// how.
+// Failed is closed when this replica cannot go on. Err tells why, and with that
+// what to do: see ErrDamaged, ErrRestart, ForeignClusterError and VersionError;
+// everything else is a failure of the disk, after which the process must end.
 func (r *Replica) Failed() <-chan struct{} { return r.failed }
 
 // Err returns what closed Failed, or nil.
@@ -245,51 +158,10 @@ func (r *Replica) notLeader() error {
 	return &NotLeaderError{LeaderID: string(id), LeaderAddress: string(addr)}
 }
 
-// Bounds returns the first offset that is kept, the high watermark, and the
-// offset after the last stored record, committed or not.
-func (r *Replica) Bounds() (first, watermark, end uint64) {
-	// In this order: the end is never below the watermark that was read before.
-	watermark = r.watermark.load()
-	st := r.log.Stats()
-	return min(st.FirstOffset, watermark), watermark, st.NextOffset
-}
-
 // WaitReadable returns once offset is below the high watermark, or with ctx's
 // error or ErrClosed.
 func (r *Replica) WaitReadable(ctx context.Context, offset uint64) error {
 	return r.watermark.wait(ctx, offset)
-}
-
-// Read reads committed entries with records into buf, as
-// logstore.Log.ReadBatches does, from the one that holds offset from.
-func (r *Replica) Read(from uint64, buf []byte, dst []logstore.Batch) ([]logstore.Batch, error) {
-	limit := r.watermark.load()
-	dst, err := r.log.ReadBatches(from, limit, buf, dst)
-	switch {
-	case errors.Is(err, logstore.ErrNotFound):
-		return dst, &OffsetOutOfRangeError{Offset: from, First: r.log.FirstOffset(), Next: limit}
-	case errors.Is(err, logstore.ErrClosed):
-		return dst, ErrClosed
-	}
-	return dst, err
-}
-
-// OffsetAtTime returns the first committed offset whose append time is t or
-// later; the high watermark when there is none.
-func (r *Replica) OffsetAtTime(t time.Time) (uint64, error) {
-	watermark := r.watermark.load()
-	nanos := t.UnixNano()
-	switch {
-	case t.Before(time.Unix(0, 0)):
-		nanos = 0
-	case t.After(time.Unix(0, 1<<63-1)):
-		return watermark, nil
-	}
-	offset, err := r.log.OffsetAtTime(nanos)
-	if errors.Is(err, logstore.ErrClosed) {
-		err = ErrClosed
-	}
-	return min(offset, watermark), err
 }
 
 // Linearize returns once every record that was acknowledged, by any server,
@@ -371,7 +243,7 @@ func (r *Replica) Status() Status {
 		Applied:     r.applied.Load(),
 		Last:        r.raft.LastIndex(),
 		LastContact: r.raft.LastContact(),
-		Log:         r.log.Stats(),
+		Log:         r.gens.Stats(),
 	}
 }
 
@@ -413,6 +285,12 @@ func (r *Replica) close(ctx context.Context) error {
 	r.askMu.Lock()
 	r.closed = true
 	r.askMu.Unlock()
+	if r.Err() != nil {
+		// Raft may not answer any more.
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithCancel(ctx)
+		cancel()
+	}
 	graceful, cancel := outlive(ctx, closeGrace)
 	defer cancel()
 
@@ -448,7 +326,7 @@ func (r *Replica) close(ctx context.Context) error {
 	if !stopped {
 		return errors.Join(err, ErrHangs)
 	}
-	return errors.Join(err, r.log.Close(), r.stable.Close())
+	return errors.Join(err, r.snapshots.drop(), r.gens.close(), r.stable.Close())
 }
 
 // outlive returns a context that ends some time after ctx does.

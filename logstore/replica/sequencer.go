@@ -60,7 +60,7 @@ const proposalOverhead = 512
 // written while the previous one is synced and replicated.
 type sequencer struct {
 	raft raftNode
-	log  *logstore.Log
+	log  logEnd
 	now  func() time.Time
 	// leaderHint makes the error for a node that does not lead.
 	leaderHint func() error
@@ -88,6 +88,12 @@ type sequencer struct {
 	wg   sync.WaitGroup
 }
 
+// logEnd is what the sequencer needs of the log.
+type logEnd interface {
+	NextOffset() uint64
+	LastAppendTime() int64
+}
+
 // raftNode is what the sequencer needs of a *raft.Raft.
 type raftNode interface {
 	State() raft.RaftState
@@ -109,7 +115,7 @@ type group struct {
 	refused []*Pending // by their condition; err is set
 }
 
-func newSequencer(r raftNode, log *logstore.Log, cfg *Config, leaderHint func() error) *sequencer {
+func newSequencer(r raftNode, log logEnd, cfg *Config, leaderHint func() error) *sequencer {
 	return &sequencer{
 		raft:       r,
 		log:        log,

@@ -296,7 +296,7 @@ func TestTermChange(t *testing.T) {
 	}
 	// Another leader's entry, in between.
 	n.become(raft.Follower, 4)
-	if err := s.log.Append([]logstore.Entry{{Index: 1, Term: 4, Count: 9, AppendTime: 1 << 62, Payload: []byte("x")}}); err != nil {
+	if err := s.log.(*logstore.Log).Append([]logstore.Entry{{Index: 1, Term: 4, Count: 9, AppendTime: 1 << 62, Payload: []byte("x")}}); err != nil {
 		t.Fatal(err)
 	}
 	n.mu.Lock()

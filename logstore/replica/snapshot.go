@@ -1,12 +1,9 @@
 package replica
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/crc32"
-	"io"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -24,10 +21,10 @@ const (
 	snapshotLimit = 16 << 20
 )
 
-// snapshotStore is a raft.SnapshotStore of metadata: index, term, membership
-// and the state machine's few numbers. A snapshot says that the log up to its
-// index need not be applied again; the log itself stays.
-type snapshotStore struct {
+// snapshotDir is a directory of local snapshots. They are metadata: index, term,
+// membership and the state machine's few numbers. One says that the log up to
+// its index need not be applied again; the log itself stays.
+type snapshotDir struct {
 	fs  vfs.FS
 	dir string
 }
@@ -42,7 +39,7 @@ type snapshotFile struct {
 	State              json.RawMessage `json:"state"`
 }
 
-func openSnapshots(fsys vfs.FS, dir string) (*snapshotStore, error) {
+func openSnapshots(fsys vfs.FS, dir string) (*snapshotDir, error) {
 	if err := fsys.MkdirAll(dir); err != nil {
 		return nil, err
 	}
@@ -57,13 +54,13 @@ func openSnapshots(fsys vfs.FS, dir string) (*snapshotStore, error) {
 			}
 		}
 	}
-	return &snapshotStore{fsys, dir}, nil
+	return &snapshotDir{fsys, dir}, nil
 }
 
 func snapshotID(index, term uint64) string { return fmt.Sprintf("%020d-%d", index, term) }
 
 // ids returns the snapshots' ids, newest first.
-func (s *snapshotStore) ids() ([]string, error) {
+func (s *snapshotDir) ids() ([]string, error) {
 	names, err := s.fs.List(s.dir)
 	if err != nil {
 		return nil, err
@@ -79,9 +76,9 @@ func (s *snapshotStore) ids() ([]string, error) {
 	return ids, nil
 }
 
-func (s *snapshotStore) path(id string) string { return filepath.Join(s.dir, id+snapshotSuffix) }
+func (s *snapshotDir) path(id string) string { return filepath.Join(s.dir, id+snapshotSuffix) }
 
-func (s *snapshotStore) read(id string) (*snapshotFile, error) {
+func (s *snapshotDir) read(id string) (*snapshotFile, error) {
 	b, err := vfs.ReadFile(s.fs, s.path(id), snapshotLimit)
 	if err != nil {
 		return nil, err
@@ -96,45 +93,17 @@ func (s *snapshotStore) read(id string) (*snapshotFile, error) {
 	return f, nil
 }
 
-func encodeSnapshot(f *snapshotFile) ([]byte, error) {
-	body, err := json.Marshal(f)
-	if err != nil {
-		return nil, err
-	}
-	return fmt.Appendf(nil, "%s\n%08x\n%s\n", snapshotMagic, crc32.Checksum(body, stableTable), body), nil
-}
+func encodeSnapshot(f *snapshotFile) ([]byte, error) { return seal(snapshotMagic, f) }
 
 func parseSnapshot(file string, b []byte) (*snapshotFile, error) {
-	lines := bytes.SplitN(b, []byte("\n"), 3)
-	if len(lines) != 3 || string(lines[0]) != snapshotMagic {
-		return nil, &CorruptError{file, "this is not a snapshot that this version knows"}
-	}
-	body, ok := bytes.CutSuffix(lines[2], []byte("\n"))
-	if sum := fmt.Sprintf("%08x", crc32.Checksum(body, stableTable)); !ok || sum != string(lines[1]) {
-		return nil, &CorruptError{file, fmt.Sprintf("its checksum is %q, its bytes give %s", lines[1], sum)}
-	}
 	var f snapshotFile
-	if err := unmarshalStrictly(body, &f); err != nil {
-		return nil, &CorruptError{file, err.Error()}
+	if err := unseal(file, snapshotMagic, "a snapshot", b, &f); err != nil {
+		return nil, err
 	}
 	if err := checkConfiguration(f.Configuration); err != nil {
 		return nil, &CorruptError{file, err.Error()}
 	}
 	return &f, nil
-}
-
-// unmarshalStrictly refuses what this version does not know: it may be a
-// promise that it cannot keep.
-func unmarshalStrictly(b []byte, v any) error {
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.DisallowUnknownFields()
-	if err := d.Decode(v); err != nil {
-		return err
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return errors.New("something follows the value")
-	}
-	return nil
 }
 
 // checkConfiguration tells whether Raft can decode one, which panics otherwise.
@@ -151,7 +120,7 @@ func checkConfiguration(b []byte) (err error) {
 // newest returns the newest snapshot that can be read, nil if there is none at
 // all, and what is wrong with newer ones. Damage of all of them is an error:
 // the log's start may depend on them.
-func (s *snapshotStore) newest() (f *snapshotFile, damage, err error) {
+func (s *snapshotDir) newest() (f *snapshotFile, damage, err error) {
 	ids, err := s.ids()
 	if err != nil {
 		return nil, nil, err
@@ -178,87 +147,39 @@ func (f *snapshotFile) meta() *raft.SnapshotMeta {
 	}
 }
 
-// List implements raft.SnapshotStore. Damaged snapshots are left out, as long
-// as there is another one.
-func (s *snapshotStore) List() ([]*raft.SnapshotMeta, error) {
-	f, _, err := s.newest()
-	if err != nil || f == nil {
-		return nil, err
-	}
-	return []*raft.SnapshotMeta{f.meta()}, nil
-}
-
-// Open implements raft.SnapshotStore.
-func (s *snapshotStore) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
-	f, err := s.read(id)
-	if err != nil {
-		return nil, nil, err
-	}
-	return f.meta(), io.NopCloser(bytes.NewReader(f.State)), nil
-}
-
-// Create implements raft.SnapshotStore.
-func (s *snapshotStore) Create(_ raft.SnapshotVersion, index, term uint64, c raft.Configuration, configIndex uint64, _ raft.Transport) (raft.SnapshotSink, error) {
-	return &snapshotSink{store: s, file: snapshotFile{
-		Index: index, Term: term, Configuration: raft.EncodeConfiguration(c), ConfigurationIndex: configIndex,
-	}}, nil
-}
-
-type snapshotSink struct {
-	store *snapshotStore
-	file  snapshotFile
-	state bytes.Buffer
-	done  bool
-}
-
-func (k *snapshotSink) ID() string                  { return snapshotID(k.file.Index, k.file.Term) }
-func (k *snapshotSink) Write(p []byte) (int, error) { return k.state.Write(p) }
-
-func (k *snapshotSink) Cancel() error {
-	k.done = true
-	return nil
-}
-
-// Close makes the snapshot durable and removes old ones. It does nothing the
-// second time.
-func (k *snapshotSink) Close() error {
-	if k.done {
-		return nil
-	}
-	k.done = true
-	k.file.State = k.state.Bytes()
-	b, err := encodeSnapshot(&k.file)
+// write makes a snapshot durable and removes old ones.
+func (s *snapshotDir) write(f *snapshotFile) error {
+	id := snapshotID(f.Index, f.Term)
+	b, err := encodeSnapshot(f)
 	if err != nil {
 		return err
 	}
-	ids, err := k.store.ids()
+	ids, err := s.ids()
 	if err != nil {
 		return err
 	}
-	if len(ids) > 0 && ids[0] > k.ID() {
+	if len(ids) > 0 && ids[0] > id {
 		// Raft can take one while it installs a newer one.
-		return fmt.Errorf("snapshot %s is older than %s", k.ID(), ids[0])
+		return fmt.Errorf("snapshot %s is older than %s", id, ids[0])
 	}
-	if err := vfs.WriteFile(k.store.fs, k.store.path(k.ID()), b); err != nil {
+	if err := vfs.WriteFile(s.fs, s.path(id), b); err != nil {
 		return err
 	}
 	kept := 1
-	for _, id := range ids {
-		if id == k.ID() {
+	for _, old := range ids {
+		if old == id {
 			continue
 		}
 		if kept < snapshotsKept {
 			// A damaged one is nothing to fall back to.
-			if _, err := k.store.read(id); err == nil {
+			if _, err := s.read(old); err == nil {
 				kept++
 				continue
 			}
 		}
-		if err := vfs.RemoveIfThere(k.store.fs, k.store.path(id)); err != nil {
+		if err := vfs.RemoveIfThere(s.fs, s.path(old)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
-
-var _ raft.SnapshotStore = (*snapshotStore)(nil)

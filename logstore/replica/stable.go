@@ -1,181 +1,259 @@
 package replica
 
 import (
-	"bytes"
 	"encoding/binary"
-	"encoding/json"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"io/fs"
+	"io"
+	"maps"
 	"path/filepath"
+	"slices"
 	"sync"
-	"time"
 
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
-	"go.etcd.io/bbolt"
 
 	"github.com/diurnalog/diurna/logstore/vfs"
 )
 
-// stableStore keeps Raft's term and vote in BoltDB. A flipped bit there must
-// not become a second vote, and BoltDB checks only its meta pages:
+// stableStore keeps Raft's term and vote, in a small file of its own. Neither a
+// crash nor a flipped bit may bring an older vote back, for that would be a
+// second one in the same term:
 //
-//   - All values are one record with a checksum, which is there from the
-//     beginning. So a key that is not in it was never set, and one that
-//     cannot be found because a page, a name or a length is damaged is damage.
-//   - The record is written by two transactions. When the newer meta page is
-//     damaged, BoltDB silently goes on with the older one, which stands for the
-//     transaction before the last: it must say the same.
-//   - The file gets its name when it is complete, so that one without a record
-//     is never taken for one that a crash left half made.
-//   - The whole file is checked before BoltDB opens it, see checkBolt, and what
-//     was read then is kept: damage is an error of opening, not a panic later.
+//   - The file has two slots, each with a checksum over all of its bytes, and
+//     every change is written to both, one after the other and each synced,
+//     before Set returns. So of two good slots the second is never the newer
+//     one, and when either rots the other says the same.
+//   - Opening the file writes the slot that counts over the other one where
+//     they differ, before anything is answered from it: what a crash left half
+//     done is done before a flipped bit can make the older slot count.
+//   - Slots that no crash can have left are damage: a second slot that is newer
+//     than the first, or numbers that are further apart than one change.
+//   - All keys are in one slot, so that one that is not in it was never set.
+//   - The file has its size from the beginning and gets its name when it is
+//     complete: a change needs no space, so that a full disk does not keep a
+//     server from voting, and a file without a good slot is damage.
+//   - It names the replica that it belongs to, as CURRENT does: one that was
+//     made for, or by, another copy is refused.
 type stableStore struct {
 	file string
+	f    vfs.File
+	id   replicaID
 	// failed is told of writes that failed: Raft would go on after some.
 	failed func(error)
-	bolt   *raftboltdb.BoltStore
 
 	mu     sync.Mutex
+	seq    uint64
 	values map[string][]byte
+	broken error // the first write that failed; there is no other after it
 }
 
-var stableTable = crc32.MakeTable(crc32.Castagnoli)
+// replicaID tells one copy of a log from all others: random, made with it.
+type replicaID [16]byte
 
-// stableLimit is far more than the file ever takes.
-const stableLimit = 16 << 20
+func (id replicaID) String() string { return hex.EncodeToString(id[:]) }
 
-// recordKey is the only key in the file.
-var recordKey = []byte("diurna-stable 1")
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// The layout of the file, see docs/FORMAT.md.
+const (
+	stableName    = "vote"
+	stableMagic   = "DIURNVOT"
+	stableVersion = 1
+	stableHeader  = 64
+	stableSlot    = 4096
+	stableSlots   = 2
+	stableSize    = stableSlots * stableSlot
+)
 
 // Raft's keys. It reads them with these names, so they cannot change.
 var (
-	keyCurrentTerm  = []byte("CurrentTerm")
-	keyLastVoteTerm = []byte("LastVoteTerm")
-	keyLastVoteCand = []byte("LastVoteCand")
+	keyCurrentTerm = []byte("CurrentTerm")
 )
 
-// openStable opens the store of a server that has seen a term. Only for one
-// that has seen none it makes the file: without its term and vote, or with
-// those of an earlier time, a server could vote twice.
-func openStable(file string, seen uint64, failed func(error)) (*stableStore, error) {
-	s := &stableStore{file: file, failed: failed}
-	if err := s.prepare(seen == 0); err != nil {
-		return nil, err
+// errKeyNotFound has the text by which Raft knows a missing key.
+var errKeyNotFound = errors.New("not found")
+
+// stableState is what one slot holds.
+type stableState struct {
+	id     replicaID
+	seq    uint64
+	values map[string][]byte
+}
+
+func (s *stableState) encode() ([]byte, error) {
+	b := make([]byte, stableHeader, stableSlot)
+	le := binary.LittleEndian
+	copy(b, stableMagic)
+	le.PutUint32(b[12:], stableVersion)
+	copy(b[16:], s.id[:])
+	le.PutUint64(b[32:], s.seq)
+	le.PutUint32(b[40:], uint32(len(s.values)))
+	for _, key := range slices.Sorted(maps.Keys(s.values)) {
+		value := s.values[key]
+		if len(key)+len(value)+4 > stableSlot-len(b) {
+			return nil, fmt.Errorf("%d bytes of %q do not fit into %d bytes", len(value), key, stableSlot)
+		}
+		b = le.AppendUint16(b, uint16(len(key)))
+		b = le.AppendUint16(b, uint16(len(value)))
+		b = append(append(b, key...), value...)
 	}
-	b, err := vfs.ReadFile(vfs.OS, file, stableLimit)
-	if err != nil {
-		return nil, err
+	b = b[:stableSlot] // the rest is zero
+	le.PutUint32(b[8:], crc32.Checksum(b[12:], castagnoli))
+	return b, nil
+}
+
+func parseStable(file string, b []byte) (s stableState, err error) {
+	damaged := func(detail string) error { return &CorruptError{file, detail} }
+	le := binary.LittleEndian
+	switch {
+	case len(b) != stableSlot || string(b[:8]) != stableMagic:
+		return s, damaged("this is not a term and vote")
+	case le.Uint32(b[8:]) != crc32.Checksum(b[12:], castagnoli):
+		return s, damaged("the checksum of a slot is wrong")
+	case le.Uint32(b[12:]) != stableVersion:
+		return s, &VersionError{file, fmt.Sprint("format version ", le.Uint32(b[12:]))}
 	}
-	sealed, err := checkBolt(b, "conf", string(recordKey))
-	if err == nil {
-		s.values, err = parseRecord(sealed)
-	}
-	if err != nil {
-		return nil, &CorruptError{file, err.Error()}
-	}
-	if known, err := s.GetUint64(keyCurrentTerm); err != nil && !isKeyNotFound(err) {
-		return nil, err
-	} else if known < seen {
-		return nil, &CorruptError{file, fmt.Sprintf("it knows term %d, but the log is of term %d: it is older, and so may be its vote", known, seen)}
-	}
-	if s.values[string(keyLastVoteTerm)] != nil && seen == 0 {
-		// A voter that has forgotten what it acknowledged.
-		return nil, &CorruptError{file, "it holds a vote, but there is neither a log nor a snapshot: they are lost"}
-	}
-	s.bolt, err = raftboltdb.New(raftboltdb.Options{Path: file, BoltOptions: &bbolt.Options{
-		// The data directory's lock is held: nobody else has it for long.
-		Timeout: 5 * time.Second,
-	}})
-	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", file, err)
-	}
-	if got, err := s.bolt.Get(recordKey); err != nil || !bytes.Equal(got, sealed) {
-		return nil, errors.Join(&CorruptError{file, "boltdb reads another value than its pages hold"}, err, s.bolt.Close())
+	copy(s.id[:], b[16:])
+	s.seq = le.Uint64(b[32:])
+	s.values = map[string][]byte{}
+	count, rest := le.Uint32(b[40:]), b[stableHeader:]
+	for range count {
+		if len(rest) < 4 || int(le.Uint16(rest))+int(le.Uint16(rest[2:])) > len(rest)-4 {
+			return s, damaged("a value goes on behind the slot's end")
+		}
+		key, value := rest[4:4+le.Uint16(rest)], rest[4+le.Uint16(rest):]
+		n := le.Uint16(rest[2:])
+		if _, twice := s.values[string(key)]; twice {
+			return s, damaged("a key is there twice")
+		}
+		s.values[string(key)] = slices.Clone(value[:n])
+		rest = value[n:]
 	}
 	return s, nil
 }
 
-// prepare makes the file if it may be missing.
-func (s *stableStore) prepare(isNew bool) error {
-	f, err := vfs.OS.Open(s.file)
-	if err == nil {
-		return f.Close()
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	if !isNew {
-		return &CorruptError{s.file, "it is missing, and with it this server's term and vote"}
-	}
-	temp := s.file + vfs.TempSuffix
-	if err := vfs.RemoveIfThere(vfs.OS, temp); err != nil {
-		return err
-	}
-	if err := s.create(temp); err != nil {
-		return fmt.Errorf("create %s: %w", temp, err)
-	}
-	if err := vfs.OS.Rename(temp, s.file); err != nil {
-		return err
-	}
-	return vfs.OS.SyncDir(filepath.Dir(s.file))
-}
-
-func (s *stableStore) create(name string) (err error) {
-	bolt, err := raftboltdb.New(raftboltdb.Options{Path: name})
+// createStable makes the file of a new replica, complete or not at all.
+func createStable(fsys vfs.FS, dir string, id replicaID) error {
+	slot, err := (&stableState{id: id}).encode()
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, bolt.Close()) }()
-	return writeRecord(bolt, map[string][]byte{})
+	return vfs.WriteFile(fsys, filepath.Join(dir, stableName), slices.Concat(slot, slot))
 }
 
-func parseRecord(sealed []byte) (values map[string][]byte, err error) {
-	n := len(sealed) - 4
-	if n < 0 || binary.LittleEndian.Uint32(sealed[n:]) != crc32.Checksum(sealed[:n], stableTable) {
-		return nil, errors.New("the record's checksum is wrong")
-	}
-	if err := json.Unmarshal(sealed[:n], &values); err != nil {
+// openStable opens the file in a replica's directory.
+func openStable(fsys vfs.FS, dir string, failed func(error)) (s *stableStore, err error) {
+	s = &stableStore{file: filepath.Join(dir, stableName), failed: failed}
+	f, err := fsys.OpenReadWrite(s.file)
+	if err != nil {
 		return nil, err
 	}
-	return values, nil
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.Close())
+		}
+	}()
+	s.f = f
+	size, err := s.f.Size()
+	if err != nil {
+		return nil, err
+	}
+	if size != stableSize {
+		return nil, &CorruptError{s.file, fmt.Sprintf("it has %d bytes, not %d", size, stableSize)}
+	}
+	b := make([]byte, stableSize)
+	if _, err := s.f.ReadAt(b, 0); err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	first, second := b[:stableSlot], b[stableSlot:]
+	counts, stale, err := chooseSlot(s.file, first, second)
+	if err != nil {
+		return nil, err
+	}
+	s.id, s.seq, s.values = counts.id, counts.seq, counts.values
+	if stale >= 0 {
+		if err := s.writeSlot(stale, b[(1-stale)*stableSlot:][:stableSlot]); err != nil {
+			return nil, fmt.Errorf("write %s: %w", s.file, err)
+		}
+	}
+	return s, nil
 }
 
-func writeRecord(bolt *raftboltdb.BoltStore, values map[string][]byte) error {
-	b, err := json.Marshal(values)
-	if err != nil {
+// chooseSlot returns what counts, and the number of the slot that does not say
+// the same; -1 if both do.
+func chooseSlot(file string, first, second []byte) (counts stableState, stale int, err error) {
+	a, errA := parseStable(file, first)
+	b, errB := parseStable(file, second)
+	for _, err := range []error{errA, errB} {
+		if newer := (*VersionError)(nil); errors.As(err, &newer) {
+			return counts, 0, err
+		}
+	}
+	switch {
+	case errA != nil && errB != nil:
+		return counts, 0, errA
+	case errA != nil:
+		return b, 0, nil
+	case errB != nil:
+		return a, 1, nil
+	case a.id != b.id:
+		return counts, 0, &CorruptError{file, "its slots are of different replicas"}
+	case a.seq == b.seq && string(first) == string(second):
+		return a, -1, nil
+	case a.seq == b.seq+1:
+		return a, 1, nil
+	default:
+		return counts, 0, &CorruptError{file, fmt.Sprintf("its slots, number %d and %d, cannot both have been written last", a.seq, b.seq)}
+	}
+}
+
+// check tells whether the file can be that of a server whose log is of a term:
+// with a term and vote of an earlier time it could vote twice.
+func (s *stableStore) check(seen uint64) error {
+	known, err := s.GetUint64(keyCurrentTerm)
+	if err != nil && !errors.Is(err, errKeyNotFound) {
 		return err
 	}
-	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, stableTable))
-	for range 2 { // see stableStore
-		if err := bolt.Set(recordKey, b); err != nil {
-			return err
-		}
+	if known < seen {
+		return &CorruptError{s.file, fmt.Sprintf("it knows term %d, but the log is of term %d: it is older, and so may be its vote", known, seen)}
 	}
 	return nil
 }
 
-// Raft knows a missing key by its error's text.
-func isKeyNotFound(err error) bool { return errors.Is(err, raftboltdb.ErrKeyNotFound) }
+// unused tells whether nothing was ever set.
+func (s *stableStore) unused() bool { return s.seq == 0 && len(s.values) == 0 }
+
+func (s *stableStore) writeSlot(n int, slot []byte) error {
+	if _, err := s.f.WriteAt(slot, int64(n)*stableSlot); err != nil {
+		return err
+	}
+	return s.f.Sync()
+}
 
 // Set implements raft.StableStore.
 func (s *stableStore) Set(key, value []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	values := map[string][]byte{string(key): append([]byte{}, value...)}
-	for k, v := range s.values {
-		if k != string(key) {
-			values[k] = v
-		}
+	if s.broken != nil {
+		return s.broken
 	}
-	if err := writeRecord(s.bolt, values); err != nil {
-		err = fmt.Errorf("write %s: %w", s.file, err)
-		s.failed(err)
-		return err
+	if old, ok := s.values[string(key)]; ok && string(old) == string(value) {
+		return nil
 	}
-	s.values = values
+	next := stableState{id: s.id, seq: s.seq + 1, values: maps.Clone(s.values)}
+	next.values[string(key)] = append([]byte{}, value...)
+	slot, err := next.encode()
+	for n := 0; err == nil && n < stableSlots; n++ { // see stableStore
+		err = s.writeSlot(n, slot)
+	}
+	if err != nil {
+		s.broken = fmt.Errorf("write %s: %w", s.file, err)
+		s.failed(s.broken)
+		return s.broken
+	}
+	s.seq, s.values = next.seq, next.values
 	return nil
 }
 
@@ -185,7 +263,7 @@ func (s *stableStore) Get(key []byte) ([]byte, error) {
 	defer s.mu.Unlock()
 	v, ok := s.values[string(key)]
 	if !ok {
-		return nil, raftboltdb.ErrKeyNotFound // bare: see isKeyNotFound
+		return nil, errKeyNotFound // bare: Raft compares the text
 	}
 	return append([]byte{}, v...), nil
 }
@@ -207,6 +285,6 @@ func (s *stableStore) GetUint64(key []byte) (uint64, error) {
 	return binary.LittleEndian.Uint64(b), nil
 }
 
-func (s *stableStore) Close() error { return s.bolt.Close() }
+func (s *stableStore) Close() error { return s.f.Close() }
 
 var _ raft.StableStore = (*stableStore)(nil)

@@ -2,25 +2,45 @@ package replica
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
-	"os"
-	"path/filepath"
+	"hash/crc32"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 
 	"github.com/diurnalog/diurna/logstore/vfs"
 	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
 )
 
-var _ raft.StableStore = (*stableStore)(nil)
+var (
+	_ raft.StableStore = (*stableStore)(nil)
+	_ raft.StableStore = (*stableGuard)(nil)
+)
 
-func mustOpenStable(t testing.TB, file string, seen uint64) *stableStore {
+const stableFile = "d/" + stableName
+
+var (
+	testReplica     = replicaID{1, 2, 3}
+	keyLastVoteTerm = []byte("LastVoteTerm") // as Raft names them
+	keyLastVoteCand = []byte("LastVoteCand")
+)
+
+// newStableFS returns a filesystem with a new file.
+func newStableFS(t testing.TB) *vfstest.Mem {
 	t.Helper()
-	s, err := openStable(file, seen, func(err error) { t.Error(err) })
+	fs := vfstest.New()
+	if err := errors.Join(fs.MkdirAll("d"), createStable(fs, "d", testReplica)); err != nil {
+		t.Fatal(err)
+	}
+	return fs
+}
+
+func mustOpenStable(t testing.TB, fs vfs.FS) *stableStore {
+	t.Helper()
+	s, err := openStable(fs, "d", func(err error) { t.Error(err) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -47,9 +67,19 @@ func readVote(s *stableStore) (v vote, err error) {
 	return v, errors.Join(errs[:]...)
 }
 
+// reopenVote opens a file and reads it as Raft would.
+func reopenVote(fs vfs.FS, dir string) (vote, error) {
+	s, err := openStable(fs, dir, func(error) {})
+	if err != nil {
+		return vote{}, err
+	}
+	v, err := readVote(s)
+	return v, errors.Join(err, s.Close())
+}
+
 func TestStableKeepsValues(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "raft.db")
-	s := mustOpenStable(t, file, 0)
+	fs := newStableFS(t)
+	s := mustOpenStable(t, fs)
 	for range 2 {
 		for _, key := range [][]byte{keyCurrentTerm, keyLastVoteCand} {
 			// Raft knows it by this text alone.
@@ -60,12 +90,13 @@ func TestStableKeepsValues(t *testing.T) {
 				t.Fatalf("missing %s: %v", key, err)
 			}
 		}
+		if s.id != testReplica || !s.unused() {
+			t.Fatalf("id %v, unused %v", s.id, s.unused())
+		}
 		s.Close()
-		s = mustOpenStable(t, file, 0)
+		s = mustOpenStable(t, fs)
 	}
-	// To BoltDB the lengths are a bucket within a page, one of a page, one of
-	// several pages.
-	for i, length := range []int{0, 1, 300, 1000, 3000, 20000, 1000, 10} {
+	for i, length := range []int{0, 1, 300, 1000, 3900, 1000, 10} {
 		want := vote{1 << (8 * i), uint64(i), strings.Repeat("c\x00\xff", length/3)}
 		if err := want.write(s); err != nil {
 			t.Fatal(err)
@@ -76,8 +107,8 @@ func TestStableKeepsValues(t *testing.T) {
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
-		s = mustOpenStable(t, file, want.term)
-		if got, err := readVote(s); err != nil || got != want {
+		s = mustOpenStable(t, fs)
+		if got, err := readVote(s); err != nil || got != want || s.unused() {
 			t.Fatalf("reopened: %+v (%v), want %+v", got, err, want)
 		}
 	}
@@ -88,111 +119,188 @@ func TestStableKeepsValues(t *testing.T) {
 	s.Close()
 }
 
-// TestStableFailure: Raft goes on with some values that it could not write.
-func TestStableFailure(t *testing.T) {
-	var told []error
-	s, err := openStable(filepath.Join(t.TempDir(), "raft.db"), 0, func(err error) { told = append(told, err) })
-	if err != nil {
-		t.Fatal(err)
+// TestStableNeedsNoSpace: a change writes to the same bytes only, both slots,
+// each synced before the next; the same value again writes nothing.
+func TestStableNeedsNoSpace(t *testing.T) {
+	fs := newStableFS(t)
+	s := mustOpenStable(t, fs)
+	var ops []string
+	fs.SetHook(func(op vfstest.Op) error {
+		ops = append(ops, op.Kind)
+		return nil
+	})
+	for range 2 {
+		if err := s.SetUint64(keyCurrentTerm, 7); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if want := []string{"write", "sync", "write", "sync"}; !slices.Equal(ops, want) {
+		t.Errorf("operations %v, want %v", ops, want)
+	}
+	if b, err := fs.ReadFile(stableFile); err != nil || len(b) != stableSize {
+		t.Errorf("%d bytes, %v", len(b), err)
 	}
 	s.Close()
-	if err := s.SetUint64(keyCurrentTerm, 1); err == nil || len(told) != 1 || told[0] != err {
-		t.Errorf("%v, told %v", err, told)
+}
+
+// TestStableFailure: Raft goes on with some values that it could not write, and
+// a failed sync must never be tried again.
+func TestStableFailure(t *testing.T) {
+	broken := errors.New("broken")
+	for k := range 4 {
+		fs := newStableFS(t)
+		var told []error
+		s, err := openStable(fs, "d", func(err error) { told = append(told, err) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		fs.SetHook(func(vfstest.Op) error {
+			if n++; n-1 == k {
+				return broken
+			}
+			return nil
+		})
+		for range 3 {
+			if err := s.SetUint64(keyCurrentTerm, 1); !errors.Is(err, broken) || len(told) != 1 || told[0] != err {
+				t.Errorf("operation %d: %v, told %v", k, err, told)
+			}
+		}
+		if n != k+1 {
+			t.Errorf("operation %d: %d more after the failure", k, n-k-1)
+		}
+		if _, err := s.Get(keyCurrentTerm); err != errKeyNotFound {
+			t.Errorf("what was not written is there: %v", err)
+		}
+		s.Close()
 	}
-	if _, err := s.Get(keyCurrentTerm); !isKeyNotFound(err) {
-		t.Errorf("what was not written is there: %v", err)
+	s := mustOpenStable(t, newStableFS(t))
+	s.failed = func(error) {}
+	if err := s.Set(keyLastVoteCand, make([]byte, stableSlot)); err == nil {
+		t.Error("a value that is larger than the file was taken")
 	}
+	s.Close()
+}
+
+// TestStableGuard: a goroutine of Raft's ends where it could not store a vote,
+// or must not.
+func TestStableGuard(t *testing.T) {
+	fs := newStableFS(t)
+	s := mustOpenStable(t, fs)
+	defer s.Close()
+	s.failed = func(error) {}
+	var down error
+	g := &stableGuard{s, func() error { return down }}
+	if didEnd(func() { _ = g.SetUint64(keyCurrentTerm, 1) }) || didEnd(func() { _ = g.Set(keyLastVoteCand, nil) }) {
+		t.Error("it ends although the value was stored")
+	}
+	down = errors.New("down")
+	if !didEnd(func() { _ = g.SetUint64(keyCurrentTerm, 2) }) || !didEnd(func() { _ = g.Set(keyLastVoteCand, []byte("x")) }) {
+		t.Error("it votes although the replica is broken")
+	}
+	down = nil
+	fs.SetHook(func(vfstest.Op) error { return errors.New("broken") })
+	if !didEnd(func() { _ = g.SetUint64(keyCurrentTerm, 2) }) {
+		t.Error("it goes on although the value was not stored")
+	}
+	if term, err := g.GetUint64(keyCurrentTerm); term != 1 || err != nil {
+		t.Errorf("term %d, %v", term, err)
+	}
+}
+
+// reslot changes a slot and gives it a right checksum.
+func reslot(b []byte, change func(b []byte)) []byte {
+	b = slices.Clone(b)
+	change(b)
+	binary.LittleEndian.PutUint32(b[8:], crc32.Checksum(b[12:], castagnoli))
+	return b
 }
 
 // TestStableRefuses files that are not what was written.
 func TestStableRefuses(t *testing.T) {
-	dir := t.TempDir()
-	good := filepath.Join(dir, "good")
-	s := mustOpenStable(t, good, 0)
-	if err := (vote{7, 7, "a"}).write(s); err != nil {
-		t.Fatal(err)
+	fs := newStableFS(t)
+	s := mustOpenStable(t, fs)
+	var states [][]byte // of the file, after each change
+	for i := range uint64(4) {
+		if err := s.SetUint64(keyCurrentTerm, i+1); err != nil {
+			t.Fatal(err)
+		}
+		b, err := fs.ReadFile(stableFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		states = append(states, b)
 	}
 	s.Close()
-	content, err := os.ReadFile(good)
-	if err != nil {
-		t.Fatal(err)
-	}
-	foreign := filepath.Join(dir, "foreign")
-	bolt, err := raftboltdb.NewBoltStore(foreign)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(bolt.SetUint64(keyCurrentTerm, 7), bolt.Close()); err != nil {
-		t.Fatal(err)
-	}
-	another, err := os.ReadFile(foreign)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, b := range map[string][]byte{
-		"missing":           nil,
-		"empty":             {},
-		"one byte":          content[:1],
-		"half a page":       content[:2048],
-		"one page":          content[:4096],
-		"two pages":         content[:8192],
-		"three pages":       content[:3*4096],
-		"text":              bytes.Repeat([]byte("no database\n"), 2000),
-		"zeros":             make([]byte, len(content)),
-		"another's":         another,
-		"meta pages only":   append(slices.Clone(content[:8192]), make([]byte, len(content)-8192)...),
-		"no meta pages":     append(make([]byte, 8192), content[8192:]...),
-		"both metas zeroed": append(make([]byte, 2*4096), content[2*4096:]...),
+	last := states[3][:stableSlot]
+	older := func(n int) []byte { return states[3-n][:stableSlot] }
+	foreign := reslot(last, func(b []byte) { b[16] ^= 1 })
+	newer := reslot(last, func(b []byte) { b[12] = 2 })
+	long := reslot(last, func(b []byte) { b[40] = 200 })
+	twice := func(slot []byte) []byte { return slices.Concat(slot, slot) }
+	for name, tc := range map[string]struct {
+		content []byte
+		want    any
+	}{
+		"empty":                     {[]byte{}, new(*CorruptError)},
+		"one byte":                  {states[3][:1], new(*CorruptError)},
+		"one slot":                  {last, new(*CorruptError)},
+		"too long":                  {append(twice(last), 0), new(*CorruptError)},
+		"text":                      {bytes.Repeat([]byte("no vote\n"), stableSize/8), new(*CorruptError)},
+		"zeros":                     {make([]byte, stableSize), new(*CorruptError)},
+		"second slot newer":         {slices.Concat(older(1), last), new(*CorruptError)},
+		"first two changes ahead":   {slices.Concat(last, older(2)), new(*CorruptError)},
+		"one number, two contents":  {slices.Concat(last, reslot(last, func(b []byte) { b[stableHeader+20] ^= 1 })), new(*CorruptError)},
+		"half another's":            {slices.Concat(last, foreign), new(*CorruptError)},
+		"too many values":           {twice(long), new(*CorruptError)},
+		"newer version":             {twice(newer), new(*VersionError)},
+		"newer version, half":       {slices.Concat(newer, last), new(*VersionError)},
+		"newer version, other half": {slices.Concat(last, newer), new(*VersionError)},
 	} {
-		file := filepath.Join(dir, "test.db")
-		_ = os.Remove(file)
-		seen := uint64(1)
-		if b != nil {
-			seen = 0 // it must not be made anew in any case
-			if err := os.WriteFile(file, b, 0o600); err != nil {
-				t.Fatal(err)
-			}
+		if err := fs.Mutate(stableFile, func([]byte) []byte { return slices.Clone(tc.content) }); err != nil {
+			t.Fatal(err)
 		}
-		s, err := openStable(file, seen, func(err error) { t.Error(err) })
-		if s != nil && err == nil {
+		s, err := openStable(fs, "d", nil)
+		if err == nil {
 			s.Close()
 		}
-		var corrupt *CorruptError
-		if !errors.As(err, &corrupt) || corrupt.File != file {
+		if !errors.As(err, tc.want) {
 			t.Errorf("%s: %v", name, err)
 		}
-		if after, _ := os.ReadFile(file); !bytes.Equal(after, b) {
+		if after, _ := fs.ReadFile(stableFile); !bytes.Equal(after, tc.content) {
 			t.Errorf("%s: the file was changed", name)
 		}
 	}
-}
-
-// TestStableCreation: a crash before the file is complete leaves none.
-func TestStableCreation(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "raft.db")
-	for _, left := range []string{"", "left over"} {
-		if err := os.WriteFile(file+vfs.TempSuffix, []byte(left), 0o600); err != nil {
+	// What a crash, or rot of one slot, leaves.
+	for name, tc := range map[string]struct {
+		content []byte
+		term    uint64
+	}{
+		"between the slots":      {slices.Concat(last, older(1)), 4},
+		"within the first write": {slices.Concat(make([]byte, stableSlot), older(1)), 3},
+		"second slot gone":       {slices.Concat(last, make([]byte, stableSlot)), 4},
+	} {
+		if err := fs.Mutate(stableFile, func([]byte) []byte { return slices.Clone(tc.content) }); err != nil {
 			t.Fatal(err)
 		}
-		s := mustOpenStable(t, file, 0)
+		s := mustOpenStable(t, fs)
+		if term, err := s.GetUint64(keyCurrentTerm); term != tc.term || err != nil {
+			t.Errorf("%s: term %d, %v", name, term, err)
+		}
 		s.Close()
-		if _, err := os.Stat(file + vfs.TempSuffix); !errors.Is(err, os.ErrNotExist) {
-			t.Error(err)
-		}
-		if err := os.Remove(file); err != nil {
-			t.Fatal(err)
+		// From now on either slot may rot.
+		if b, err := fs.ReadFile(stableFile); err != nil || !bytes.Equal(b[:stableSlot], b[stableSlot:]) {
+			t.Errorf("%s: the slots differ after opening (%v)", name, err)
 		}
 	}
 }
 
 // TestStableRot changes bits anywhere in the file: opening it either says that
-// it is damaged, or gives the very values that were written last. There are
-// older ones in it, in pages that BoltDB does not use any more.
+// it is damaged, or gives the very values that were written last.
 func TestStableRot(t *testing.T) {
 	rng := vfstest.Rand(t)
-	dir := t.TempDir()
-	file := filepath.Join(dir, "raft.db")
-	s := mustOpenStable(t, file, 0)
+	fs := newStableFS(t)
+	s := mustOpenStable(t, fs)
 	var want vote
 	for i := range uint64(9) {
 		want = vote{i + 3, i + 2, "server-" + string(rune('a'+i))}
@@ -201,34 +309,22 @@ func TestStableRot(t *testing.T) {
 		}
 	}
 	s.Close()
-	content, err := os.ReadFile(file)
+	content, err := fs.ReadFile(stableFile)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("%d bytes", len(content))
-	var used []int // the bytes where a change is likely to matter
-	for i, b := range content {
-		if b != 0 {
-			used = append(used, i)
-		}
-	}
-
 	refused, fine := 0, 0
-	flips := vfstest.Env(t, "DIURNA_FLIPS", 3000)
-	for n := range flips {
+	for n := range vfstest.Env(t, "DIURNA_FLIPS", 3000) {
 		b := slices.Clone(content)
-		var at []int
-		switch rng.IntN(4) {
-		case 0: // anywhere
-			at = []int{rng.IntN(len(b))}
-		default: // near something
-			at = []int{min(used[rng.IntN(len(used))]+rng.IntN(3), len(b)-1)}
+		at := []int{rng.IntN(len(b))}
+		if n%2 == 0 { // where something is
+			at[0] = n / 2 % 160
+			if n%4 == 0 {
+				at[0] += stableSlot
+			}
 		}
-		if n < 2*4096*8 && n%3 == 0 {
-			at = []int{n / 3 % 8192} // the meta pages, one after the other
-		}
-		for rng.IntN(8) == 0 {
-			at = append(at, used[rng.IntN(len(used))])
+		for rng.IntN(3) == 0 {
+			at = append(at, rng.IntN(2)*stableSlot+rng.IntN(160))
 		}
 		for _, i := range at {
 			b[i] ^= 1 << rng.IntN(8)
@@ -238,10 +334,10 @@ func TestStableRot(t *testing.T) {
 				b[i] = byte(rng.Uint32())
 			}
 		}
-		if err := os.WriteFile(file, b, 0o600); err != nil {
+		if err := fs.Mutate(stableFile, func([]byte) []byte { return b }); err != nil {
 			t.Fatal(err)
 		}
-		got, err := reopenVote(t, file)
+		got, err := reopenVote(fs, "d")
 		var corrupt *CorruptError
 		switch {
 		case errors.As(err, &corrupt):
@@ -250,9 +346,21 @@ func TestStableRot(t *testing.T) {
 			t.Fatalf("bytes %v changed: %+v (%v), want %+v", at, got, err, want)
 		default:
 			fine++
+			// Opening has healed it: the other slot may go now.
+			for _, slot := range []int{0, 1} {
+				healed, err := fs.ReadFile(stableFile)
+				if err != nil {
+					t.Fatal(err)
+				}
+				healed[slot*stableSlot+40] ^= 4
+				if err := fs.Mutate(stableFile, func([]byte) []byte { return healed }); err != nil {
+					t.Fatal(err)
+				}
+				if got, err := reopenVote(fs, "d"); err != nil || got != want {
+					t.Fatalf("bytes %v, then slot %d: %+v (%v)", at, slot, got, err)
+				}
+			}
 		}
-		// What BoltDB maps of a file that made it panic stays mapped.
-		_ = os.Remove(file)
 	}
 	t.Logf("%d refused, %d harmless", refused, fine)
 	if refused == 0 || fine == 0 {
@@ -260,91 +368,140 @@ func TestStableRot(t *testing.T) {
 	}
 }
 
-// reopenVote opens a damaged file and uses it as Raft would.
-func reopenVote(t *testing.T, file string) (vote, error) {
-	s, err := openStable(file, 1, func(err error) { t.Error(err) })
-	if err != nil {
-		return vote{}, err
-	}
-	defer s.Close()
-	return readVote(s)
-}
-
-// TestStableFallback damages the newer of BoltDB's two meta pages: it goes on
-// with the other, without a word.
-func TestStableFallback(t *testing.T) {
-	dir := t.TempDir()
-	for i := range 6 { // whichever page is the newer one
-		file := filepath.Join(dir, "raft.db")
-		_ = os.Remove(file)
-		s := mustOpenStable(t, file, 0)
-		var want vote
-		for j := range uint64(2 + i) {
-			want = vote{j + 1, j + 1, "b"}
-			if err := want.write(s); err != nil {
-				t.Fatal(err)
+// TestStableCrash crashes at every operation of some changes, and again while
+// opening what that left, and then lets one slot rot: the values are those
+// before or after the change that was under way, and once seen they stay.
+func TestStableCrash(t *testing.T) {
+	rng := vfstest.Rand(t)
+	crash := errors.New("crash")
+	votes := []vote{{1, 1, "a"}, {2, 2, strings.Repeat("b", 600)}, {3, 2, "c"}}
+	for k := 1; ; k++ {
+		fs := newStableFS(t)
+		s := mustOpenStable(t, fs)
+		s.failed = func(error) {}
+		n := 0
+		fs.SetHook(func(vfstest.Op) error {
+			if n++; n >= k {
+				return crash
+			}
+			return nil
+		})
+		var before, after map[string][]byte // the change under way
+		var err error
+		for _, v := range votes {
+			for _, c := range []struct{ key, value []byte }{
+				{keyCurrentTerm, binary.LittleEndian.AppendUint64(nil, v.term)},
+				{keyLastVoteTerm, binary.LittleEndian.AppendUint64(nil, v.voteTerm)},
+				{keyLastVoteCand, []byte(v.candidate)},
+			} {
+				if err == nil {
+					before = s.values
+					after = map[string][]byte{string(c.key): c.value}
+					for key, value := range before {
+						if key != string(c.key) {
+							after[key] = value
+						}
+					}
+					err = s.Set(c.key, c.value)
+				}
 			}
 		}
 		s.Close()
-		content, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
+		if err == nil {
+			t.Logf("%d operations", k-1)
+			return
 		}
-		for page := range 2 {
-			b := slices.Clone(content)
-			b[page*4096+16+8] ^= 0xff // within what the page's checksum covers
-			if err := os.WriteFile(file, b, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			if got, err := reopenVote(t, file); err != nil || got != want {
-				t.Errorf("%d writes, page %d damaged: %+v (%v), want %+v", i, page, got, err, want)
+		for range 10 {
+			for _, survive := range []vfstest.Survival{vfstest.None, vfstest.Some, vfstest.All} {
+				clone := fs.CrashClone(rng, survive)
+				// The repair may be interrupted, too.
+				stop := rng.IntN(3)
+				clone.SetHook(func(vfstest.Op) error {
+					if stop--; stop < 0 {
+						return crash
+					}
+					return nil
+				})
+				if s, err := openStable(clone, "d", nil); err == nil {
+					s.Close()
+				}
+				clone = clone.CrashClone(rng, survive)
+				s := mustOpenStable(t, clone)
+				seen := s.values
+				s.Close()
+				if !sameValues(seen, before) && !sameValues(seen, after) {
+					t.Fatalf("operation %d, %v survive: %v, neither %v nor %v", k, survive, seen, before, after)
+				}
+				at := rng.IntN(stableSize)
+				if err := clone.Mutate(stableFile, func(b []byte) []byte { b[at] ^= 1 << rng.IntN(8); return b }); err != nil {
+					t.Fatal(err)
+				}
+				s = mustOpenStable(t, clone)
+				if !sameValues(s.values, seen) {
+					t.Fatalf("operation %d, %v survive, byte %d rots: %v, was %v", k, survive, at, s.values, seen)
+				}
+				s.Close()
 			}
 		}
 	}
 }
 
-func FuzzBolt(f *testing.F) {
-	file := filepath.Join(f.TempDir(), "raft.db")
-	s := mustOpenStable(f, file, 0)
-	for i := range uint64(3) {
-		if err := (vote{i, i, strings.Repeat("x", int(i)*1000)}).write(s); err != nil {
-			f.Fatal(err)
+func sameValues(a, b map[string][]byte) bool {
+	for key, value := range a {
+		if !bytes.Equal(b[key], value) {
+			return false
 		}
 	}
-	s.Close()
-	content, err := os.ReadFile(file)
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(content)
-	f.Add(content[:4096])
-	f.Add([]byte{})
-	f.Fuzz(func(t *testing.T, b []byte) {
-		sealed, err := checkBolt(b, "conf", string(recordKey))
-		if err == nil {
-			_, _ = parseRecord(sealed)
-		}
-	})
+	return len(a) == len(b)
 }
 
 // TestStableOlder: a file from a backup does not know of votes since.
 func TestStableOlder(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "raft.db")
-	s := mustOpenStable(t, file, 0)
-	if err := errors.Join((vote{7, 7, "a"}).write(s), s.Close()); err != nil {
-		t.Fatal(err)
-	}
-	before, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var corrupt *CorruptError
-	if _, err := openStable(file, 8, nil); !errors.As(err, &corrupt) {
+	s := mustOpenStable(t, newStableFS(t))
+	defer s.Close()
+	if err := s.check(0); err != nil {
 		t.Error(err)
 	}
-	if after, err := os.ReadFile(file); err != nil || !bytes.Equal(before, after) {
-		t.Errorf("the file was changed (%v)", err)
+	var corrupt *CorruptError
+	if err := s.check(1); !errors.As(err, &corrupt) {
+		t.Error(err)
 	}
-	s = mustOpenStable(t, file, 7)
-	s.Close()
+	if err := (vote{7, 7, "a"}).write(s); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.check(8); !errors.As(err, &corrupt) {
+		t.Error(err)
+	}
+	if err := s.check(7); err != nil {
+		t.Error(err)
+	}
+}
+
+func FuzzStable(f *testing.F) {
+	slot, err := (&stableState{id: testReplica, seq: 3, values: map[string][]byte{"a": []byte("b"), "": nil}}).encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(slot[:200], false)
+	f.Add(slot[:200], true)
+	f.Fuzz(func(t *testing.T, b []byte, sealed bool) {
+		b = append(slices.Clip(b), make([]byte, max(0, stableSlot-len(b)))...)[:stableSlot]
+		if sealed {
+			b = reslot(b, func(b []byte) {
+				copy(b, stableMagic)
+				binary.LittleEndian.PutUint32(b[12:], stableVersion)
+			})
+		}
+		s, err := parseStable("x", b)
+		if err != nil {
+			return
+		}
+		again, err := s.encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if back, err := parseStable("x", again); err != nil || !sameValues(back.values, s.values) || back.id != s.id || back.seq != s.seq {
+			t.Fatalf("%+v (%v), was %+v", back, err, s)
+		}
+	})
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -18,12 +19,22 @@ import (
 // It is deliberately not a raft.MonotonicLogStore: Raft would wipe it after
 // installing a snapshot, whose point is that the log has just been filled.
 type logStore struct {
-	log *logstore.Log
+	gens *generations
 	// applied is the index of the last entry the FSM has seen; what is at or
 	// below it is committed and must never be cut off.
 	applied *atomic.Uint64
-	// fatal is told of everything after which the process cannot go on.
-	fatal func(error)
+	// broken is told of everything after which the replica cannot go on; down
+	// returns what it was told first.
+	broken func(error)
+	down   func() error
+	// rolled is told when the log has got another segment.
+	rolled func()
+	// raft is nil until it has started.
+	raft atomic.Pointer[raft.Raft]
+
+	// cut: Raft has deleted a suffix, and believes that it is still there until
+	// it has stored something in its place. It writes from one goroutine.
+	cut bool
 }
 
 // Records' place in the log travels with the entry, in Extensions, so that
@@ -52,7 +63,7 @@ func decodeExtensions(b []byte) (base uint64, count uint32, time int64, err erro
 
 // FirstIndex implements raft.LogStore: 0 means empty.
 func (s *logStore) FirstIndex() (uint64, error) {
-	st := s.log.Stats()
+	st := s.gens.Stats()
 	if st.LastIndex < st.FirstIndex {
 		return 0, nil
 	}
@@ -61,7 +72,7 @@ func (s *logStore) FirstIndex() (uint64, error) {
 
 // LastIndex implements raft.LogStore: 0 means empty.
 func (s *logStore) LastIndex() (uint64, error) {
-	st := s.log.Stats()
+	st := s.gens.Stats()
 	if st.LastIndex < st.FirstIndex {
 		return 0, nil
 	}
@@ -70,9 +81,12 @@ func (s *logStore) LastIndex() (uint64, error) {
 
 // GetLog implements raft.LogStore. Raft compares with ErrLogNotFound by ==, and
 // takes every other error for a disagreement between two logs, which it mends
-// by sending or cutting; so there must be no other error.
+// by sending or cutting; so there must be no other error. Where the log cannot
+// be read, the replica ends, and so does the goroutine that asked.
 func (s *logStore) GetLog(index uint64, out *raft.Log) error {
-	e, _, err := s.log.Entry(index, nil)
+	gen := s.gens.use()
+	defer s.gens.release(gen)
+	e, _, err := gen.log.Entry(index, nil)
 	switch {
 	case errors.Is(err, logstore.ErrNotFound):
 		return raft.ErrLogNotFound
@@ -81,8 +95,8 @@ func (s *logStore) GetLog(index uint64, out *raft.Log) error {
 		// its shutdown does not wait for.
 		return err
 	case err != nil:
-		s.fatal(err)
-		panic(fmt.Sprintf("raft needs log entry %d, which cannot be read: %v", index, err))
+		s.broken(fmt.Errorf("raft needs log entry %d, which cannot be read: %w", index, err))
+		runtime.Goexit()
 	}
 	*out = raft.Log{
 		Index: e.Index,
@@ -106,13 +120,18 @@ func (s *logStore) StoreLog(log *raft.Log) error { return s.StoreLogs([]*raft.Lo
 //
 // Entries that do not continue the log are refused, with nothing written; on
 // the leader that ends its term, and its next one begins with numbers read
-// from the log. Every other failure is the end: Raft would go on with a disk
-// of which nothing is known.
+// from the log. On a follower it must not happen, see rejected. Without space
+// nothing is written either, and Raft tries again. Every other failure is the
+// end: Raft would go on with a disk of which nothing is known.
 func (s *logStore) StoreLogs(logs []*raft.Log) error {
+	if err := s.down(); err != nil {
+		return err
+	}
 	entries := make([]logstore.Entry, len(logs))
 	for i, l := range logs {
 		base, count, appended, err := decodeExtensions(l.Extensions)
 		if err != nil {
+			s.rejected(s.gens.log(), logs, err)
 			return err
 		}
 		// Entries without records bring no time of their own, but get that of
@@ -128,28 +147,66 @@ func (s *logStore) StoreLogs(logs []*raft.Log) error {
 			Payload:    l.Data,
 		}
 	}
-	err := s.log.Append(entries)
-	if err != nil && !errors.Is(err, logstore.ErrRejected) && !errors.Is(err, logstore.ErrTooLarge) && !errors.Is(err, logstore.ErrClosed) {
-		s.fatal(err)
+	gen := s.gens.use()
+	defer s.gens.release(gen)
+	segments := gen.log.Stats().Segments
+	err := gen.log.Append(entries)
+	switch {
+	case err == nil:
+		s.cut = false
+		if gen.log.Stats().Segments != segments {
+			s.rolled()
+		}
+	case errors.Is(err, logstore.ErrClosed):
+	case errors.Is(err, logstore.ErrFull):
+		if s.cut {
+			// Raft takes its last entry back only for another one.
+			s.broken(fmt.Errorf("%w: there was no space for the entries that were to replace others: %w", ErrRestart, err))
+		}
+	case errors.Is(err, logstore.ErrRejected), errors.Is(err, logstore.ErrTooLarge):
+		s.rejected(gen.log, logs, err)
+	default:
+		s.broken(err)
 	}
 	return err
+}
+
+// rejected is told of entries that do not continue the log. Our own may be late,
+// see sequencer. A leader's must continue what it has just compared: if their
+// index does not, Raft believes something else of the log than what it is, which
+// opening it again mends; if their offset, term or size does not, the two logs
+// are not copies of each other.
+func (s *logStore) rejected(log *logstore.Log, logs []*raft.Log, err error) {
+	r := s.raft.Load()
+	if r == nil || r.State() == raft.Leader {
+		return
+	}
+	if logs[0].Index != log.LastIndex()+1 {
+		err = fmt.Errorf("%w: %w", ErrRestart, err)
+	}
+	s.broken(fmt.Errorf("the leader's entries from %d on: %w", logs[0].Index, err))
 }
 
 // DeleteRange implements raft.LogStore. Raft deletes a suffix when a follower
 // holds entries that lost an election; a prefix it never may, retention does
 // that.
 func (s *logStore) DeleteRange(from, to uint64) error {
-	if to < s.log.LastIndex() {
+	if err := s.down(); err != nil {
+		return err
+	}
+	gen := s.gens.use()
+	defer s.gens.release(gen)
+	if to < gen.log.LastIndex() {
 		return nil
 	}
 	if applied := s.applied.Load(); from <= applied {
-		err := fmt.Errorf("raft wants to delete entries %d to %d, but those up to %d are committed", from, to, applied)
-		s.fatal(err)
-		panic(err.Error())
+		s.broken(fmt.Errorf("raft wants to delete entries %d to %d, but those up to %d are committed", from, to, applied))
+		runtime.Goexit()
 	}
-	err := s.log.TruncateSuffix(from)
+	s.cut = true
+	err := gen.log.TruncateSuffix(from)
 	if err != nil {
-		s.fatal(err)
+		s.broken(err)
 	}
 	return err
 }

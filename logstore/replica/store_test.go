@@ -23,6 +23,8 @@ type testStore struct {
 	logStore
 	fs    *vfstest.Mem
 	fatal []error
+	err   error // that it is down with
+	rolls int
 }
 
 func newTestStore(t *testing.T) *testStore {
@@ -32,7 +34,11 @@ func newTestStore(t *testing.T) *testStore {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { log.Close() })
-	s.logStore = logStore{log: log, applied: &atomic.Uint64{}, fatal: func(err error) { s.fatal = append(s.fatal, err) }}
+	s.gens = newGenerations(&generation{log: log, unused: make(chan struct{})})
+	s.applied = &atomic.Uint64{}
+	s.broken = func(err error) { s.fatal = append(s.fatal, err) }
+	s.down = func() error { return s.err }
+	s.rolled = func() { s.rolls++ }
 	return s
 }
 
@@ -54,11 +60,16 @@ func (s *testStore) bounds(t *testing.T) [2]uint64 {
 	return [2]uint64{first, last}
 }
 
-// didPanic returns what f panicked with.
-func didPanic(f func()) (p any) {
-	defer func() { p = recover() }()
-	f()
-	return nil
+// didEnd tells whether f ended its goroutine.
+func didEnd(f func()) bool {
+	returned := make(chan bool, 1)
+	go func() {
+		ok := false
+		defer func() { returned <- ok }()
+		f()
+		ok = true
+	}()
+	return !<-returned
 }
 
 func TestStoreKeepsEntries(t *testing.T) {
@@ -192,7 +203,7 @@ func TestStoreFailure(t *testing.T) {
 		if err := s.StoreLog(command(2, 1, 1, 1, 1, "b")); !errors.Is(err, logstore.ErrFailed) {
 			t.Fatalf("%s: tried again: %v", kind, err)
 		}
-		s.log.Close()
+		s.gens.close()
 	}
 }
 
@@ -207,7 +218,7 @@ func TestStoreDeleteRange(t *testing.T) {
 	steps := []struct {
 		from, to uint64
 		want     [2]uint64
-		panics   bool
+		ends     bool
 	}{
 		{1, 5, [2]uint64{1, 20}, false},  // a prefix is not Raft's to delete
 		{1, 19, [2]uint64{1, 20}, false}, // nor is one that leaves one entry
@@ -220,9 +231,9 @@ func TestStoreDeleteRange(t *testing.T) {
 	for _, step := range steps {
 		fatal := len(s.fatal)
 		var err error
-		p := didPanic(func() { err = s.DeleteRange(step.from, step.to) })
-		if err != nil || (p != nil) != step.panics || (len(s.fatal) > fatal) != step.panics {
-			t.Errorf("delete %d to %d: %v, panic %v, fatal %v", step.from, step.to, err, p, s.fatal[fatal:])
+		ended := didEnd(func() { err = s.DeleteRange(step.from, step.to) })
+		if err != nil || ended != step.ends || (len(s.fatal) > fatal) != step.ends {
+			t.Errorf("delete %d to %d: %v, ended %v, fatal %v", step.from, step.to, err, ended, s.fatal[fatal:])
 		}
 		if got := s.bounds(t); got != step.want {
 			t.Errorf("delete %d to %d leaves %v, want %v", step.from, step.to, got, step.want)
@@ -270,10 +281,10 @@ func TestStoreDamage(t *testing.T) {
 		t.Fatal(err)
 	}
 	var out raft.Log
-	p := didPanic(func() { _ = s.GetLog(1, &out) })
+	ended := didEnd(func() { _ = s.GetLog(1, &out) })
 	var corrupt *logstore.CorruptError
-	if p == nil || len(s.fatal) != 1 || !errors.As(s.fatal[0], &corrupt) || corrupt.File != file {
-		t.Errorf("panic %v, fatal %v", p, s.fatal)
+	if !ended || len(s.fatal) != 1 || !errors.As(s.fatal[0], &corrupt) || corrupt.File != file {
+		t.Errorf("ended %v, fatal %v", ended, s.fatal)
 	}
 	if err := s.GetLog(2, &out); err != nil {
 		t.Errorf("the entry behind: %v", err)
@@ -287,7 +298,7 @@ func TestStoreClosed(t *testing.T) {
 	if err := s.StoreLog(command(1, 1, 0, 1, 1, "a")); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.log.Close(); err != nil {
+	if err := s.gens.close(); err != nil {
 		t.Fatal(err)
 	}
 	var out raft.Log
