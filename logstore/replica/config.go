@@ -30,9 +30,9 @@ type Config struct {
 	ID string
 	// Address is what other servers reach this one at.
 	Address string
-	// Transport connects to the other servers. The replica closes it, unless
-	// Open fails. Default: one that reaches nobody, for a group of one.
-	Transport raft.Transport
+	// Network connects to the other servers. The replica closes it, as does an
+	// Open that fails. Default: one that reaches nobody, for a group of one.
+	Network Network
 	// Bootstrap makes this server, if it holds nothing yet, the only voter of a
 	// new cluster.
 	Bootstrap bool
@@ -55,13 +55,26 @@ type Config struct {
 	CommitTimeout      time.Duration
 	SnapshotInterval   time.Duration
 
-	// Now is the clock for append times. Default: time.Now.
+	// SnapshotStall ends the stream of a snapshot to or from another server that
+	// makes no progress for so long. Default: ten election timeouts, and at least
+	// 30 s.
+	SnapshotStall time.Duration
+	// StallLimit is for how long an operation of the disk's that Raft waits for may
+	// take before this server gives up its part in the group, see ErrStalled. A
+	// group of one goes on. Default: the election timeout, and at least 1 s.
+	StallLimit time.Duration
+	// MinFreeBytes of the disk are kept free: below, proposals are refused with
+	// ErrDiskFull, and leadership is handed to somebody else. 0 for no limit.
+	MinFreeBytes int64
+	// Autopilot looks after the group's members.
+	Autopilot AutopilotConfig
+
+	// Now is the clock for append times and for how long others have been
+	// silent. Default: time.Now.
 	Now func() time.Time
 	// Logger. Default: none.
 	Logger hclog.Logger
-	// OnFatal is called, once, when the disk failed in a way after which this
-	// process cannot go on: nothing more is acknowledged, and it should exit.
-	// It may be called while Raft waits for it. Default: nothing; see Failed.
+	// OnFatal is called, once, with what closes Failed. Default: nothing.
 	OnFatal func(error)
 }
 
@@ -83,14 +96,14 @@ func (c *Config) applyDefaultsAndValidate() error {
 	if c.InFlightBytes == 0 {
 		c.InFlightBytes = 64 << 20
 	}
-	if c.Transport == nil {
-		_, c.Transport = raft.NewInmemTransport(raft.ServerAddress(c.Address))
-	}
 	def(&c.HeartbeatTimeout, 2*time.Second)
 	def(&c.ElectionTimeout, 2*time.Second)
 	def(&c.LeaderLeaseTimeout, min(1500*time.Millisecond, c.HeartbeatTimeout))
 	def(&c.CommitTimeout, 5*time.Millisecond)
 	def(&c.SnapshotInterval, 5*time.Second)
+	def(&c.SnapshotStall, max(30*time.Second, 10*c.ElectionTimeout))
+	def(&c.StallLimit, max(time.Second, c.ElectionTimeout))
+	c.Autopilot.applyDefaults(c.HeartbeatTimeout)
 	if c.Now == nil {
 		c.Now = time.Now
 	}
@@ -116,7 +129,7 @@ func (c *Config) applyDefaultsAndValidate() error {
 func (c *Config) raftConfig() *raft.Config {
 	r := raft.DefaultConfig()
 	r.LocalID = raft.ServerID(c.ID)
-	r.Logger = c.Logger
+	r.Logger = quiet{c.Logger}
 	r.HeartbeatTimeout = c.HeartbeatTimeout
 	r.ElectionTimeout = c.ElectionTimeout
 	r.LeaderLeaseTimeout = c.LeaderLeaseTimeout

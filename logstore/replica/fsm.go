@@ -26,6 +26,8 @@ type fsm struct {
 	state     fsmState
 	watermark *watermark
 	applied   *atomic.Uint64
+	// onApplied, if set, is told of the last entry of each batch.
+	onApplied func(index uint64)
 }
 
 // ApplyBatch implements raft.BatchingFSM, which Raft needs in order to count
@@ -39,6 +41,9 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 	}
 	f.applied.Store(logs[len(logs)-1].Index)
 	f.watermark.advance(f.state.NextOffset)
+	if f.onApplied != nil {
+		f.onApplied(logs[len(logs)-1].Index)
+	}
 	return results
 }
 

@@ -25,9 +25,23 @@ type Replica struct {
 	watermark *watermark
 	applied   *atomic.Uint64
 
+	// shown is the last entry that the state machine was given, and progress
+	// wakes those who wait for one; see WaitApplied.
+	shown    atomic.Uint64
+	progress watermark
+
+	transport  *transport // nil in a group that reaches nobody
+	dog        *watchdog
+	pilot      *pilot
+	changes    broadcast
+	confirming confirmations
+	space      space
+
 	failOnce sync.Once
+	failure  atomic.Pointer[error]
+	opened   chan struct{} // Open has returned
+	severed  chan struct{} // after a failure: everything is cut off
 	failed   chan struct{}
-	failure  error // set before failed is closed
 
 	closeOnce sync.Once
 	closeErr  error
@@ -48,19 +62,33 @@ const closeGrace = 2 * time.Second
 // Open starts a replica from what its directory holds. It does not wait for a
 // leader. Damage is refused with a typed error, and then nothing has changed.
 func Open(cfg Config) (r *Replica, err error) {
+	var opened []func() error
+	if cfg.Network != nil {
+		opened = append(opened, cfg.Network.Close)
+	}
 	if err := cfg.applyDefaultsAndValidate(); err != nil {
+		if cfg.Network != nil {
+			err = errors.Join(err, cfg.Network.Close())
+		}
 		return nil, err
 	}
 	r = &Replica{
 		cfg:       cfg,
 		watermark: &watermark{},
 		applied:   &atomic.Uint64{},
+		opened:    make(chan struct{}),
+		severed:   make(chan struct{}),
 		failed:    make(chan struct{}),
 		closing:   make(chan struct{}),
 	}
-	var opened []func() error
+	r.dog = newWatchdog(cfg.StallLimit, r.stalled)
+	half := r // also when nil is returned
 	defer func() {
+		close(half.opened)
 		if err != nil {
+			if half.Err() != nil {
+				<-half.severed
+			}
 			for i := len(opened) - 1; i >= 0; i-- {
 				err = errors.Join(err, opened[i]())
 			}
@@ -92,12 +120,34 @@ func Open(cfg Config) (r *Replica, err error) {
 			return nil, err
 		}
 	}
-	if r.raft, err = raft.NewRaft(cfg.raftConfig(), machine, store, r.stable, snapshots, cfg.Transport); err != nil {
+	var transport raft.Transport
+	if cfg.Network != nil {
+		r.transport = newTransport(&r.cfg)
+		opened = append(opened[1:], func() error {
+			err := half.transport.Close()
+			half.transport.wait()
+			return err
+		})
+		transport = r.transport
+	} else {
+		_, transport = raft.NewInmemTransport(raft.ServerAddress(cfg.Address))
+	}
+	started, err := startRaft(func() (*raft.Raft, error) {
+		return raft.NewRaft(cfg.raftConfig(), machine, watchedLog{store, r.dog}, watchedStable{r.stable, r.dog}, snapshots, transport)
+	})
+	if err != nil {
 		return nil, fmt.Errorf("start raft: %w", err)
 	}
+	r.raft = started
 	r.seq = newSequencer(r.raft, r.log, &r.cfg, r.notLeader)
+	r.seq.changed = r.changes.poke
+	r.pilot = newPilot(r)
 	r.seq.start()
 	r.watching.Go(r.watchLog)
+	r.watching.Go(func() { r.dog.run(r.closing) })
+	r.watching.Go(r.watchLeader)
+	r.watching.Go(r.watchSpace)
+	r.watching.Go(r.pilot.run)
 	return r, nil
 }
 
@@ -146,7 +196,7 @@ func (r *Replica) recoverState(snapshots *snapshotStore) (machine *fsm, term uin
 			return nil, 0, err
 		}
 	}
-	return &fsm{state: state, watermark: r.watermark, applied: r.applied}, max(snap.Term, r.log.LastTerm()), nil
+	return &fsm{state: state, watermark: r.watermark, applied: r.applied, onApplied: r.onApplied}, max(snap.Term, r.log.LastTerm()), nil
 }
 
 // checkSeam compares a snapshot with the entry that it was taken behind, where
@@ -183,7 +233,7 @@ func (r *Replica) bootstrap(store *logStore, snapshots *snapshotStore) error {
 	configuration := raft.Configuration{Servers: []raft.Server{{
 		ID: raft.ServerID(r.cfg.ID), Address: raft.ServerAddress(r.cfg.Address), Suffrage: raft.Voter,
 	}}}
-	if err := raft.BootstrapCluster(r.cfg.raftConfig(), store, r.stable, snapshots, r.cfg.Transport, configuration); err != nil {
+	if err := raft.BootstrapCluster(r.cfg.raftConfig(), store, r.stable, snapshots, nil, configuration); err != nil {
 		return fmt.Errorf("bootstrap: %w", err)
 	}
 	return nil
@@ -198,30 +248,6 @@ func (r *Replica) watchLog() {
 	}
 }
 
-// fatal records the first failure after which nothing may be acknowledged.
-func (r *Replica) fatal(err error) {
-	r.failOnce.Do(func() {
-		r.failure = err
-		close(r.failed)
-		r.cfg.Logger.Error("the disk failed; this node must stop", "error", err)
-		r.cfg.OnFatal(err)
-	})
-}
-
-// Failed is closed when the disk failed and the process should exit. Err tells
-// how.
-func (r *Replica) Failed() <-chan struct{} { return r.failed }
-
-// Err returns what closed Failed, or nil.
-func (r *Replica) Err() error {
-	select {
-	case <-r.failed:
-		return r.failure
-	default:
-		return nil
-	}
-}
-
 // Propose hands a batch to the log and returns at once with a handle on its
 // outcome. Batches of one goroutine are appended in the order of its calls.
 // With wait it blocks for room, until ctx ends; without, it fails with
@@ -232,6 +258,9 @@ func (r *Replica) Err() error {
 func (r *Replica) Propose(ctx context.Context, p Proposal, wait bool) (*Pending, error) {
 	if err := r.Err(); err != nil {
 		return nil, err
+	}
+	if r.space.full.Load() {
+		return nil, ErrDiskFull
 	}
 	return r.seq.propose(ctx, p, wait)
 }
@@ -292,60 +321,6 @@ func (r *Replica) OffsetAtTime(t time.Time) (uint64, error) {
 	return min(offset, watermark), err
 }
 
-// Linearize returns once every record that was acknowledged, by any server,
-// before the call is below this server's high watermark. Only the leader can
-// do it: what it acknowledged itself, it applied first; what earlier leaders
-// acknowledged, it applied before it took proposals; and that it still leads,
-// so that nobody else acknowledged anything, it asks a quorum now.
-func (r *Replica) Linearize(ctx context.Context) error {
-	verified := make(chan error, 1)
-	r.askMu.Lock()
-	if r.closed {
-		r.askMu.Unlock()
-		return ErrClosed
-	}
-	term := r.seq.ready.Load()
-	if term == 0 {
-		r.askMu.Unlock()
-		return r.notLeader()
-	}
-	r.asking.Go(func() { verified <- r.raft.VerifyLeader().Error() })
-	r.askMu.Unlock()
-	select {
-	case err := <-verified:
-		// In the same term: a new one has to find its watermark first.
-		if err != nil || r.raft.CurrentTerm() != term {
-			return r.notLeader()
-		}
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// Server is one member of the Raft group.
-type Server struct {
-	ID, Address string
-	Voter       bool
-	Leader      bool
-}
-
-// Servers returns the group's members as this server knows them.
-func (r *Replica) Servers() ([]Server, error) {
-	future := r.raft.GetConfiguration()
-	if err := future.Error(); err != nil {
-		return nil, err
-	}
-	_, leader := r.raft.LeaderWithID()
-	var servers []Server
-	for _, s := range future.Configuration().Servers {
-		servers = append(servers, Server{
-			ID: string(s.ID), Address: string(s.Address), Voter: s.Suffrage == raft.Voter, Leader: s.ID == leader,
-		})
-	}
-	return servers, nil
-}
-
 // Status is this server's part in the group.
 type Status struct {
 	State    string // Leader, Follower, Candidate or Shutdown
@@ -386,7 +361,7 @@ func (r *Replica) WaitReady(ctx context.Context) error {
 		select {
 		case <-wait:
 		case <-r.failed:
-			return r.failure
+			return r.Err()
 		case <-r.closing:
 			return ErrClosed
 		case <-ctx.Done():
@@ -397,7 +372,8 @@ func (r *Replica) WaitReady(ctx context.Context) error {
 
 // Close answers what is in flight, as far as that is known before ctx ends,
 // and stops the replica: waits end with ErrClosed, the log records where it
-// ends. Further calls return the first one's result.
+// ends. A leader first hands leadership to another voter that answers, if ctx
+// leaves the time. Further calls return the first one's result.
 //
 // When ctx ends, what was not handed to Raft yet is answered with ErrClosed;
 // the rest gets a moment more, and then ErrUnknownOutcome. A disk that hangs
@@ -409,6 +385,7 @@ func (r *Replica) Close(ctx context.Context) error {
 }
 
 func (r *Replica) close(ctx context.Context) error {
+	r.resign(ctx)
 	close(r.closing)
 	r.askMu.Lock()
 	r.closed = true
@@ -440,15 +417,27 @@ func (r *Replica) close(ctx context.Context) error {
 		}
 	}
 	down := r.raft.Shutdown()
+	if r.Err() != nil {
+		<-r.severed
+	}
+	var closeErr error
+	if r.transport != nil {
+		// Raft's goroutines may wait for answers of other servers.
+		closeErr = r.transport.Close()
+	}
 	stopped := await(graceful, after(func() { _ = down.Error() }))
 	r.seq.abandon()
 	<-drained
 	r.watermark.close()
+	r.progress.close()
 	r.watching.Wait()
 	if !stopped {
-		return errors.Join(err, ErrHangs)
+		return errors.Join(err, closeErr, ErrHangs)
 	}
-	return errors.Join(err, r.log.Close(), r.stable.Close())
+	if r.transport != nil {
+		r.transport.wait()
+	}
+	return errors.Join(err, closeErr, r.log.Close(), r.stable.Close())
 }
 
 // outlive returns a context that ends some time after ctx does.
@@ -468,8 +457,8 @@ func outlive(ctx context.Context, d time.Duration) (context.Context, context.Can
 func after(f func()) <-chan struct{} {
 	done := make(chan struct{})
 	go func() {
+		defer close(done)
 		f()
-		close(done)
 	}()
 	return done
 }
