@@ -261,7 +261,7 @@ func TestCloseHandsOver(t *testing.T) {
 					select {
 					case <-stop:
 						return
-					default:
+					case <-time.After(time.Millisecond):
 					}
 					p, err := old.Propose(context.Background(), batchOf(id, 2), true)
 					var ack Ack
@@ -275,7 +275,6 @@ func TestCloseHandsOver(t *testing.T) {
 						all = append(all, acked{id, 2, ack})
 						mu.Unlock()
 					case errors.As(err, &elsewhere), errors.Is(err, ErrNoLeader):
-						time.Sleep(time.Millisecond)
 					case errors.Is(err, ErrClosed):
 						return
 					default:

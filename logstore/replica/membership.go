@@ -153,7 +153,17 @@ func (r *Replica) RemoveServer(ctx context.Context, id string) error {
 	if err := r.leads(); err != nil {
 		return err
 	}
-	if err := r.mayRemove(id); err != nil {
+	var quorum *QuorumError
+	err := r.mayRemove(id)
+	if errors.As(err, &quorum) {
+		// A new leader has not heard of everybody yet.
+		select {
+		case <-time.After(r.cfg.HeartbeatTimeout / 4):
+		case <-ctx.Done():
+		}
+		err = r.mayRemove(id)
+	}
+	if err != nil {
 		return err
 	}
 	if id == r.cfg.ID {
