@@ -224,7 +224,6 @@ func TestDiskFailure(t *testing.T) {
 		rng := vfstest.Rand(t)
 		for _, survive := range []vfstest.Survival{vfstest.None, vfstest.Some, vfstest.All} {
 			cfg.FS = fs.CrashClone(rng, survive)
-			cfg.Transport = nil
 			r := mustOpen(t, cfg)
 			if err := checkAcked(r, all); err != nil {
 				t.Errorf("%s, %v survive: %v", kind, survive, err)
@@ -243,10 +242,11 @@ func TestVoteFailure(t *testing.T) {
 	if err := r.stable.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.stable.Set(keyLastVoteCand, []byte("b")); err == nil || len(told) != 1 {
+	err := r.stable.Set(keyLastVoteCand, []byte("b"))
+	<-r.Failed()
+	if err == nil || len(told) != 1 {
 		t.Errorf("%v, told %v", err, told)
 	}
-	<-r.Failed()
 	if _, err := r.Propose(t.Context(), batchOf(1, 1), true); err != told[0] {
 		t.Errorf("propose: %v", err)
 	}
@@ -291,7 +291,7 @@ func TestHungDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-after(func() { _ = r.gens.close() })
-	cfg.FS, cfg.Transport = clone, nil
+	cfg.FS = clone
 	r = mustOpen(t, cfg)
 	defer mustClose(t, r)
 	if err := checkAcked(r, []acked{{1, 2, first}}); err != nil {

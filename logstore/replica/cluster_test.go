@@ -52,7 +52,7 @@ func (c *cluster) config(id string) Config {
 	c.tweak(id, &cfg)
 	_, link := raft.NewInmemTransport(raft.ServerAddress(cfg.Address))
 	c.links[id] = link
-	cfg.Transport = link
+	cfg.transport = link
 	return cfg
 }
 

@@ -29,9 +29,11 @@ type Config struct {
 	ID string
 	// Address is what other servers reach this one at.
 	Address string
-	// Transport connects to the other servers. The replica closes it, unless
-	// Open fails. Default: one that reaches nobody, for a group of one.
-	Transport raft.Transport
+	// Network connects to the other servers. The replica closes it, as does an
+	// Open that fails. Default: one that reaches nobody, for a group of one.
+	Network Network
+	// transport stands in for one over Network, in tests.
+	transport raft.Transport
 	// Bootstrap is the first voters of a new cluster, this server among them, in
 	// the same order on all of them; only their ids and addresses count. It is
 	// used where there is no log yet. Without it, such a server waits to be added
@@ -70,13 +72,26 @@ type Config struct {
 	CommitTimeout      time.Duration
 	SnapshotInterval   time.Duration
 
-	// Now is the clock for append times. Default: time.Now.
+	// SnapshotStall ends the stream of a snapshot to or from another server that
+	// makes no progress for so long. Default: ten election timeouts, and at least
+	// 30 s.
+	SnapshotStall time.Duration
+	// StallLimit is for how long an operation of the disk's that Raft waits for may
+	// take before this server gives up its part in the group, see ErrStalled. A
+	// group of one goes on. Default: the election timeout, and at least 1 s.
+	StallLimit time.Duration
+	// MinFreeBytes of the disk are kept free: below, proposals are refused with
+	// ErrDiskFull, and leadership is handed to somebody else. 0 for no limit.
+	MinFreeBytes int64
+	// Autopilot looks after the group's members.
+	Autopilot AutopilotConfig
+
+	// Now is the clock for append times and for how long others have been
+	// silent. Default: time.Now.
 	Now func() time.Time
 	// Logger. Default: none.
 	Logger hclog.Logger
-	// OnFatal is called, once, with what Err returns, when this replica cannot
-	// go on: nothing more is acknowledged. It may be called while Raft waits for
-	// it. Default: nothing; see Failed.
+	// OnFatal is called, once, with what closes Failed. Default: nothing.
 	OnFatal func(error)
 }
 
@@ -98,9 +113,6 @@ func (c *Config) applyDefaultsAndValidate() error {
 	if c.InFlightBytes == 0 {
 		c.InFlightBytes = 64 << 20
 	}
-	if c.Transport == nil {
-		_, c.Transport = raft.NewInmemTransport(raft.ServerAddress(c.Address))
-	}
 	def(&c.HeartbeatTimeout, 2*time.Second)
 	def(&c.ElectionTimeout, 2*time.Second)
 	def(&c.LeaderLeaseTimeout, min(1500*time.Millisecond, c.HeartbeatTimeout))
@@ -110,6 +122,9 @@ func (c *Config) applyDefaultsAndValidate() error {
 	if c.OnClusterID == nil {
 		c.OnClusterID = func(string) {}
 	}
+	def(&c.SnapshotStall, max(30*time.Second, 10*c.ElectionTimeout))
+	def(&c.StallLimit, max(time.Second, c.ElectionTimeout))
+	c.Autopilot.applyDefaults(c.HeartbeatTimeout)
 	if c.Now == nil {
 		c.Now = time.Now
 	}
@@ -137,7 +152,7 @@ func (c *Config) applyDefaultsAndValidate() error {
 func (c *Config) raftConfig() *raft.Config {
 	r := raft.DefaultConfig()
 	r.LocalID = raft.ServerID(c.ID)
-	r.Logger = c.Logger
+	r.Logger = quiet{c.Logger}
 	r.HeartbeatTimeout = c.HeartbeatTimeout
 	r.ElectionTimeout = c.ElectionTimeout
 	r.LeaderLeaseTimeout = c.LeaderLeaseTimeout

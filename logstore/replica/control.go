@@ -112,44 +112,25 @@ func (r *Replica) control(ctx context.Context, c controlEntry) error {
 	if err := r.Err(); err != nil {
 		return err
 	}
-	applied := make(chan error, 1)
 	// Raft may leave it unanswered when it shuts down.
-	ok := r.ask(func() {
+	err = r.ask(ctx, func() error {
 		future := r.raft.ApplyLog(raft.Log{Data: data}, 0)
-		err := future.Error()
-		if err == nil {
-			if refused, is := future.Response().(error); is {
-				applied <- refused
-				return
-			}
+		if err := future.Error(); err != nil {
+			return r.seq.outcome(err)
 		}
-		applied <- r.seq.outcome(err)
+		if refused, is := future.Response().(error); is {
+			return refused
+		}
+		return nil
 	})
-	if !ok {
-		return ErrClosed
-	}
-	select {
-	case err := <-applied:
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, ErrUnknownOutcome), errors.Is(err, ErrClosed), ctx.Err() == nil && r.Err() == nil:
 		return err
-	case <-r.failed:
-		return errors.Join(ErrUnknownOutcome, r.failure)
-	case <-r.closing:
-		return errors.Join(ErrUnknownOutcome, ErrClosed)
-	case <-ctx.Done():
-		return errors.Join(ErrUnknownOutcome, ctx.Err())
 	}
-}
-
-// ask runs a question to Raft, which close waits for. It returns false after
-// that has begun.
-func (r *Replica) ask(question func()) bool {
-	r.askMu.Lock()
-	defer r.askMu.Unlock()
-	if r.closed {
-		return false
-	}
-	r.asking.Go(question)
-	return true
+	// It was asked, and nobody waited for the answer.
+	return fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
 }
 
 // ClusterID returns the id of the group that this replica belongs to, as the

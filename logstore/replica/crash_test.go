@@ -143,7 +143,6 @@ func runUntilCrashed(t *testing.T, dir string, disk *vfstest.Mem, rng *rand.Rand
 func checkCrash(t *testing.T, dir string, c crashPoint) error {
 	cfg := memConfig(dir, c.disk)
 	for range 2 {
-		cfg.Transport = nil
 		r, err := Open(cfg)
 		if err != nil {
 			return err

@@ -18,6 +18,9 @@ var (
 	// ErrHangs: Raft does not stop, because it waits for the disk. It may still
 	// write to the replica's files.
 	ErrHangs = errors.New("raft does not stop: it waits for the disk")
+	// ErrStalled: a disk operation took longer than Config.StallLimit. The
+	// process must end: the disk may still write when it pleases.
+	ErrStalled = errors.New("the disk hangs")
 	// ErrDamaged: bytes that were durable are not what was written. This copy of
 	// the log is no replica any more; it must be put aside, and its server must
 	// come back with nothing, under another id. Wraps a *CorruptError, of this

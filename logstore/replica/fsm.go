@@ -24,6 +24,9 @@ type fsm struct {
 	clusterID string
 	// broken is told when the state machine cannot go on.
 	broken func(error)
+	// onShown, if set, is told how far state has come, onApplied of the last
+	// entry that Raft gave.
+	onShown, onApplied func(index uint64)
 	// install makes a snapshot that a leader sent the current one.
 	install func(*staged) (fsmState, error)
 
@@ -49,6 +52,9 @@ func (f *fsm) show(index uint64) {
 	raise(f.start, f.state.FirstOffset)
 	raise(f.applied, index)
 	f.watermark.advance(f.state.NextOffset)
+	if f.onShown != nil {
+		f.onShown(index)
+	}
 }
 
 // raise is called by one goroutine.
@@ -117,6 +123,9 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 	f.set(state, news)
 	f.show(f.index)
 	f.checkCluster()
+	if f.onApplied != nil {
+		f.onApplied(logs[len(logs)-1].Index)
+	}
 	return results
 }
 

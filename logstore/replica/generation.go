@@ -247,6 +247,7 @@ func (g *generations) log() *logstore.Log { return g.now.Load().log }
 
 // Stats, NextOffset and LastAppendTime are the current log's.
 func (g *generations) Stats() logstore.Stats { return g.log().Stats() }
+func (g *generations) LastIndex() uint64     { return g.log().LastIndex() }
 func (g *generations) NextOffset() uint64    { return g.log().NextOffset() }
 func (g *generations) LastAppendTime() int64 { return g.log().LastAppendTime() }
 

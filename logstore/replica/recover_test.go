@@ -106,7 +106,6 @@ func TestOpenRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	mustClose(t, r)
-	cfg.Transport = nil
 	r = mustOpen(t, cfg) // a second term, and a second snapshot
 	mustPropose(t, r, string(batchOf(99, 1).Records), 1)
 	mustClose(t, r)
@@ -226,7 +225,7 @@ func TestOpenRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 			cfg := cfg
-			cfg.FS, cfg.Transport = clone, nil
+			cfg.FS = clone
 			cfg.OnFatal = func(err error) { t.Errorf("fatal: %v", err) }
 			before := clone.Snapshot()
 			r, err := Open(cfg)
@@ -296,7 +295,7 @@ func TestPrefixNeedsSnapshot(t *testing.T) {
 			}
 		}
 		cfg := cfg
-		cfg.FS, cfg.Transport = clone, nil
+		cfg.FS = clone
 		r, err := Open(cfg)
 		if err != nil {
 			return err

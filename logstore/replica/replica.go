@@ -29,9 +29,23 @@ type Replica struct {
 	start     *atomic.Uint64 // first offset that may be read
 	retention retention
 
+	// shown is the last entry that the state machine was given, and progress
+	// wakes those who wait for one; see WaitApplied.
+	shown    atomic.Uint64
+	progress watermark
+
+	transport  *transport // nil in a group that reaches nobody
+	dog        *watchdog
+	pilot      *pilot
+	changes    broadcast
+	confirming confirmations
+	space      space
+
 	failOnce sync.Once
+	failure  atomic.Pointer[error]
+	opened   chan struct{} // Open has returned
+	severed  chan struct{} // after a failure: everything is cut off
 	failed   chan struct{}
-	failure  error // set before failed is closed
 
 	closeOnce sync.Once
 	closeErr  error
@@ -52,7 +66,14 @@ const closeGrace = 2 * time.Second
 // Open starts a replica from what its directory holds. It does not wait for a
 // leader. Damage is refused with a typed error, and then nothing has changed.
 func Open(cfg Config) (r *Replica, err error) {
+	var opened []func() error
+	if cfg.Network != nil {
+		opened = append(opened, cfg.Network.Close)
+	}
 	if err := cfg.applyDefaultsAndValidate(); err != nil {
+		if cfg.Network != nil {
+			err = errors.Join(err, cfg.Network.Close())
+		}
 		return nil, err
 	}
 	r = &Replica{
@@ -60,18 +81,29 @@ func Open(cfg Config) (r *Replica, err error) {
 		watermark: &watermark{},
 		applied:   &atomic.Uint64{},
 		start:     &atomic.Uint64{},
+		opened:    make(chan struct{}),
+		severed:   make(chan struct{}),
 		failed:    make(chan struct{}),
 		closing:   make(chan struct{}),
 	}
+	r.dog = newWatchdog(cfg.StallLimit, r.stalled)
+	half := r // also when nil is returned
+	defer func() {
+		close(half.opened)
+		if err != nil {
+			if half.Err() != nil {
+				<-half.severed
+			}
+			for i := len(opened) - 1; i >= 0; i-- {
+				err = errors.Join(err, opened[i]())
+			}
+		}
+	}()
 	files, err := openFiles(&r.cfg, r.broken)
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, files.close())
-		}
-	}()
+	opened = append(opened, files.close)
 	found, err := recoverState(&r.cfg, files.gen)
 	if err != nil {
 		return nil, err
@@ -85,6 +117,7 @@ func Open(cfg Config) (r *Replica, err error) {
 	r.stable, r.gens = files.stable, newGenerations(files.gen)
 	r.machine = newFSM(found.index, found.state, r.watermark, r.applied, r.start)
 	r.machine.clusterID, r.machine.broken = cfg.ClusterID, r.broken
+	r.machine.onShown, r.machine.onApplied = r.progress.advance, r.shown.Store
 	r.snapshots = r.newSnapshots()
 	r.machine.install = r.snapshots.install
 	r.store = &logStore{gens: r.gens, applied: r.applied, broken: r.broken, down: r.Err, rolled: r.retention.poke}
@@ -92,47 +125,40 @@ func Open(cfg Config) (r *Replica, err error) {
 	if err := bootstrap(&r.cfg, files, r.store); err != nil {
 		return nil, err
 	}
-	if r.raft, err = launch(&r.cfg, r.machine, r.store, &stableGuard{r.stable, r.Err}, r.snapshots); err != nil {
+	transport := cfg.transport
+	if cfg.Network != nil {
+		r.transport = newTransport(&r.cfg)
+		opened = append(opened[1:], func() error {
+			err := half.transport.Close()
+			half.transport.wait()
+			return err
+		})
+		transport = r.transport
+	} else if transport == nil {
+		_, transport = raft.NewInmemTransport(raft.ServerAddress(cfg.Address))
+	}
+	if r.raft, err = launch(func() (*raft.Raft, error) {
+		return raft.NewRaft(cfg.raftConfig(), r.machine, watchedLog{r.store, r.dog}, watchedStable{r.stable, r.dog}, r.snapshots, transport)
+	}); err != nil {
+		if failure := r.Err(); failure != nil {
+			err = failure
+		}
 		return nil, fmt.Errorf("start raft: %w", err)
 	}
 	r.store.raft.Store(r.raft)
 	r.seq = newSequencer(r.raft, r.gens, &r.cfg, r.notLeader)
+	r.seq.changed = r.changes.poke
+	r.pilot = newPilot(r)
 	r.seq.start()
 	r.own(func() { r.mind(files.gen) })
 	r.own(r.mindClusterID)
 	r.own(r.mindRetention)
 	r.own(r.scrub)
+	r.own(func() { r.dog.run(r.closing) })
+	r.own(r.watchLeader)
+	r.own(r.watchSpace)
+	r.own(r.pilot.run)
 	return r, nil
-}
-
-// broken records the first failure after which this replica must not take part
-// any more: nothing is stored, voted or acknowledged from then on. Damage is
-// ErrDamaged, whoever found it.
-func (r *Replica) broken(err error) {
-	if isDamage(err) && !errors.Is(err, ErrDamaged) {
-		err = fmt.Errorf("%w: %w", ErrDamaged, err)
-	}
-	r.failOnce.Do(func() {
-		r.failure = err
-		close(r.failed)
-		r.cfg.Logger.Error("this replica must stop", "error", err)
-		r.cfg.OnFatal(err)
-	})
-}
-
-// Failed is closed when this replica cannot go on. Err tells why, and with that
-// what to do: see ErrDamaged, ErrRestart, ForeignClusterError and VersionError;
-// everything else is a failure of the disk, after which the process must end.
-func (r *Replica) Failed() <-chan struct{} { return r.failed }
-
-// Err returns what closed Failed, or nil.
-func (r *Replica) Err() error {
-	select {
-	case <-r.failed:
-		return r.failure
-	default:
-		return nil
-	}
 }
 
 // Propose hands a batch to the log and returns at once with a handle on its
@@ -145,6 +171,9 @@ func (r *Replica) Err() error {
 func (r *Replica) Propose(ctx context.Context, p Proposal, wait bool) (*Pending, error) {
 	if err := r.Err(); err != nil {
 		return nil, err
+	}
+	if r.space.full.Load() {
+		return nil, ErrDiskFull
 	}
 	return r.seq.propose(ctx, p, wait)
 }
@@ -162,60 +191,6 @@ func (r *Replica) notLeader() error {
 // error or ErrClosed.
 func (r *Replica) WaitReadable(ctx context.Context, offset uint64) error {
 	return r.watermark.wait(ctx, offset)
-}
-
-// Linearize returns once every record that was acknowledged, by any server,
-// before the call is below this server's high watermark. Only the leader can
-// do it: what it acknowledged itself, it applied first; what earlier leaders
-// acknowledged, it applied before it took proposals; and that it still leads,
-// so that nobody else acknowledged anything, it asks a quorum now.
-func (r *Replica) Linearize(ctx context.Context) error {
-	verified := make(chan error, 1)
-	r.askMu.Lock()
-	if r.closed {
-		r.askMu.Unlock()
-		return ErrClosed
-	}
-	term := r.seq.ready.Load()
-	if term == 0 {
-		r.askMu.Unlock()
-		return r.notLeader()
-	}
-	r.asking.Go(func() { verified <- r.raft.VerifyLeader().Error() })
-	r.askMu.Unlock()
-	select {
-	case err := <-verified:
-		// In the same term: a new one has to find its watermark first.
-		if err != nil || r.raft.CurrentTerm() != term {
-			return r.notLeader()
-		}
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// Server is one member of the Raft group.
-type Server struct {
-	ID, Address string
-	Voter       bool
-	Leader      bool
-}
-
-// Servers returns the group's members as this server knows them.
-func (r *Replica) Servers() ([]Server, error) {
-	future := r.raft.GetConfiguration()
-	if err := future.Error(); err != nil {
-		return nil, err
-	}
-	_, leader := r.raft.LeaderWithID()
-	var servers []Server
-	for _, s := range future.Configuration().Servers {
-		servers = append(servers, Server{
-			ID: string(s.ID), Address: string(s.Address), Voter: s.Suffrage == raft.Voter, Leader: s.ID == leader,
-		})
-	}
-	return servers, nil
 }
 
 // Status is this server's part in the group.
@@ -258,7 +233,7 @@ func (r *Replica) WaitReady(ctx context.Context) error {
 		select {
 		case <-wait:
 		case <-r.failed:
-			return r.failure
+			return r.Err()
 		case <-r.closing:
 			return ErrClosed
 		case <-ctx.Done():
@@ -269,7 +244,8 @@ func (r *Replica) WaitReady(ctx context.Context) error {
 
 // Close answers what is in flight, as far as that is known before ctx ends,
 // and stops the replica: waits end with ErrClosed, the log records where it
-// ends. Further calls return the first one's result.
+// ends. A leader first hands leadership to another voter that answers, if ctx
+// leaves the time. Further calls return the first one's result.
 //
 // When ctx ends, what was not handed to Raft yet is answered with ErrClosed;
 // the rest gets a moment more, and then ErrUnknownOutcome. A disk that hangs
@@ -281,6 +257,7 @@ func (r *Replica) Close(ctx context.Context) error {
 }
 
 func (r *Replica) close(ctx context.Context) error {
+	r.resign(ctx)
 	close(r.closing)
 	r.askMu.Lock()
 	r.closed = true
@@ -318,15 +295,27 @@ func (r *Replica) close(ctx context.Context) error {
 		}
 	}
 	down := r.raft.Shutdown()
+	if r.Err() != nil {
+		<-r.severed
+	}
+	var closeErr error
+	if r.transport != nil {
+		// Raft's goroutines may wait for answers of other servers.
+		closeErr = r.transport.Close()
+	}
 	stopped := await(graceful, after(func() { _ = down.Error() }))
 	r.seq.abandon()
 	<-drained
 	r.watermark.close()
+	r.progress.close()
 	r.watching.Wait()
 	if !stopped {
-		return errors.Join(err, ErrHangs)
+		return errors.Join(err, closeErr, ErrHangs)
 	}
-	return errors.Join(err, r.snapshots.drop(), r.gens.close(), r.stable.Close())
+	if r.transport != nil {
+		r.transport.wait()
+	}
+	return errors.Join(err, closeErr, r.snapshots.drop(), r.gens.close(), r.stable.Close())
 }
 
 // outlive returns a context that ends some time after ctx does.
@@ -346,8 +335,8 @@ func outlive(ctx context.Context, d time.Duration) (context.Context, context.Can
 func after(f func()) <-chan struct{} {
 	done := make(chan struct{})
 	go func() {
+		defer close(done)
 		f()
-		close(done)
 	}()
 	return done
 }

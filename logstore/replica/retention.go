@@ -206,18 +206,7 @@ func firstKept(segments []logstore.SegmentInfo, start uint64) uint64 {
 
 // snapshot has Raft take one now.
 func (r *Replica) snapshot() error {
-	taken := make(chan error, 1)
-	if !r.ask(func() { taken <- r.raft.Snapshot().Error() }) {
-		return ErrClosed
-	}
-	select {
-	case err := <-taken:
-		return err
-	case <-r.failed:
-		return r.failure
-	case <-r.closing:
-		return ErrClosed
-	}
+	return r.ask(context.Background(), func() error { return r.raft.Snapshot().Error() })
 }
 
 // streams counts the snapshots that are on their way to other servers. While

@@ -39,7 +39,7 @@ func (r *Replica) rest(d time.Duration) error {
 	case <-timer.C:
 		return nil
 	case <-r.failed:
-		return r.failure
+		return r.Err()
 	case <-r.closing:
 		return ErrClosed
 	}

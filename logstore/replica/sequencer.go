@@ -80,8 +80,15 @@ type sequencer struct {
 	// ready is the term in which this node leads, all of earlier terms is
 	// applied and offsets are known; 0 if there is none.
 	ready atomic.Uint64
+	// began is an index that was this node's last one when that term was settled:
+	// who has it follows this leader.
+	began atomic.Uint64
+	// changed is called when ready changes.
+	changed func()
 	// becameReady is closed when ready is set, and guarded by mu.
 	becameReady chan struct{}
+
+	quitOnce, deadOnce sync.Once
 
 	quit chan struct{}
 	dead chan struct{} // closed by abandon
@@ -90,6 +97,7 @@ type sequencer struct {
 
 // logEnd is what the sequencer needs of the log.
 type logEnd interface {
+	LastIndex() uint64
 	NextOffset() uint64
 	LastAppendTime() int64
 }
@@ -128,6 +136,7 @@ func newSequencer(r raftNode, log logEnd, cfg *Config, leaderHint func() error) 
 		groups:     make(chan *group, cfg.EntriesInFlight+1),
 		quit:       make(chan struct{}),
 		dead:       make(chan struct{}),
+		changed:    func() {},
 
 		becameReady: make(chan struct{}),
 	}
@@ -234,6 +243,7 @@ func (s *sequencer) run() {
 		if s.raft.State() != raft.Leader || s.raft.CurrentTerm() != term {
 			continue
 		}
+		s.began.Store(s.log.LastIndex())
 		s.setReady(term)
 		done := s.serve(leader, term)
 		s.setReady(0)
@@ -245,6 +255,7 @@ func (s *sequencer) run() {
 }
 
 func (s *sequencer) setReady(term uint64) {
+	defer s.changed()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.ready.Store(term)
@@ -491,7 +502,7 @@ func (s *sequencer) stop() <-chan struct{} {
 	s.mu.Lock()
 	s.closing = true
 	s.mu.Unlock()
-	close(s.quit)
+	s.quitOnce.Do(func() { close(s.quit) })
 	s.poke()
 	done := make(chan struct{})
 	go func() {
@@ -503,4 +514,12 @@ func (s *sequencer) stop() <-chan struct{} {
 
 // abandon ends the wait for answers of Raft's. To be called when it has stopped
 // or hangs.
-func (s *sequencer) abandon() { close(s.dead) }
+func (s *sequencer) abandon() { s.deadOnce.Do(func() { close(s.dead) }) }
+
+// fail takes no more proposals and answers those in flight at once, since Raft
+// may never do it. What of them was appended is not known.
+func (s *sequencer) fail() {
+	s.stop()
+	s.shut(ErrNoLeader)
+	s.abandon()
+}

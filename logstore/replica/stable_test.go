@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/raft"
 
@@ -17,7 +18,6 @@ import (
 
 var (
 	_ raft.StableStore = (*stableStore)(nil)
-	_ raft.StableStore = (*stableGuard)(nil)
 )
 
 const stableFile = "d/" + stableName
@@ -182,23 +182,23 @@ func TestStableFailure(t *testing.T) {
 	s.Close()
 }
 
-// TestStableGuard: a goroutine of Raft's ends where it could not store a vote,
-// or must not.
+// TestStableGuard: a goroutine of Raft's ends where it could not store a term,
+// and nothing is voted where the replica is broken.
 func TestStableGuard(t *testing.T) {
 	fs := newStableFS(t)
 	s := mustOpenStable(t, fs)
 	defer s.Close()
 	s.failed = func(error) {}
-	var down error
-	g := &stableGuard{s, func() error { return down }}
+	dog := newWatchdog(time.Minute, func(string) {})
+	g := watchedStable{s, dog}
 	if didEnd(func() { _ = g.SetUint64(keyCurrentTerm, 1) }) || didEnd(func() { _ = g.Set(keyLastVoteCand, nil) }) {
 		t.Error("it ends although the value was stored")
 	}
-	down = errors.New("down")
-	if !didEnd(func() { _ = g.SetUint64(keyCurrentTerm, 2) }) || !didEnd(func() { _ = g.Set(keyLastVoteCand, []byte("x")) }) {
+	dog.dead.Store(true)
+	if !didEnd(func() { _ = g.SetUint64(keyCurrentTerm, 2) }) || g.Set(keyLastVoteCand, []byte("x")) == nil {
 		t.Error("it votes although the replica is broken")
 	}
-	down = nil
+	dog.dead.Store(false)
 	fs.SetHook(func(vfstest.Op) error { return errors.New("broken") })
 	if !didEnd(func() { _ = g.SetUint64(keyCurrentTerm, 2) }) {
 		t.Error("it goes on although the value was not stored")

@@ -3,14 +3,13 @@ package replica
 import (
 	"errors"
 	"fmt"
-	"runtime"
 
 	"github.com/hashicorp/raft"
 )
 
 // launch starts Raft on a goroutine of its own: what it runs into while it
 // reads the log may panic, or end that goroutine, and is an error here.
-func launch(cfg *Config, machine raft.FSM, store *logStore, stable raft.StableStore, snapshots raft.SnapshotStore) (r *raft.Raft, err error) {
+func launch(start func() (*raft.Raft, error)) (r *raft.Raft, err error) {
 	done := make(chan struct{})
 	err = errors.New("it ended before it began")
 	go func() {
@@ -20,38 +19,10 @@ func launch(cfg *Config, machine raft.FSM, store *logStore, stable raft.StableSt
 				err = fmt.Errorf("panic: %v", p)
 			}
 		}()
-		r, err = raft.NewRaft(cfg.raftConfig(), machine, store, stable, snapshots, cfg.Transport)
+		r, err = start()
 	}()
 	<-done
-	if r == nil && store.down() != nil {
-		err = store.down()
-	}
 	return r, err
-}
-
-// stableGuard is the stable store as Raft sees it. Raft panics where it cannot
-// store a term, and votes would count on a log that has failed: a goroutine of
-// its that wants to write then ends. Raft waits for its goroutines when it
-// shuts down, however they ended.
-type stableGuard struct {
-	*stableStore
-	down func() error
-}
-
-// Set implements raft.StableStore.
-func (g *stableGuard) Set(key, value []byte) error {
-	if g.down() != nil || g.stableStore.Set(key, value) != nil {
-		runtime.Goexit()
-	}
-	return nil
-}
-
-// SetUint64 implements raft.StableStore.
-func (g *stableGuard) SetUint64(key []byte, v uint64) error {
-	if g.down() != nil || g.stableStore.SetUint64(key, v) != nil {
-		runtime.Goexit()
-	}
-	return nil
 }
 
 // own runs f on a goroutine that Close waits for. f must end when r.closing is
