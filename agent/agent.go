@@ -10,9 +10,12 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/diurnalog/diurna/agent/config"
+	"github.com/diurnalog/diurna/agent/peer"
+	"github.com/diurnalog/diurna/discovery"
 	"github.com/diurnalog/diurna/logstore/replica"
 	"github.com/diurnalog/diurna/logstore/vfs"
 	"github.com/diurnalog/diurna/rpc"
@@ -28,46 +31,77 @@ type Options struct {
 	// wherever that was noticed. Default: nothing; see Agent.Failed.
 	OnFatal func(error)
 
-	fs vfs.FS // where tests have the disk fail; vfs.OS if nil
+	// Where tests have the disk, the network or the registry fail.
+	fs       vfs.FS
+	network  peer.Network
+	discover func(*config.Config) (discovery.Discovery, error)
 }
 
-// ErrStopping ends the waits of a node that is being stopped.
-var ErrStopping = errors.New("the node is stopping")
+func (o Options) withDefaults() Options {
+	if o.Logger == nil {
+		o.Logger = hclog.NewNullLogger()
+	}
+	if o.OnFatal == nil {
+		o.OnFatal = func(error) {}
+	}
+	if o.fs == nil {
+		o.fs = vfs.OS
+	}
+	if o.network == nil {
+		o.network = peer.TCP
+	}
+	return o
+}
+
+var (
+	// ErrStopping ends the waits of a node that is being stopped.
+	ErrStopping = errors.New("the node is stopping")
+	// ErrLeft: the node has left the cluster, as it was asked to. It should be
+	// stopped; its data is of no more use.
+	ErrLeft = errors.New("the node has left the cluster")
+)
 
 // Agent is a running node. Make one with Start, end it with Stop.
 type Agent struct {
-	logger  hclog.Logger
-	listen  net.Listener
-	address string // where others reach it
-	data    *dataDir
-	temp    string // data directory to remove at the end
-	replica *replica.Replica
-	rpc     *rpc.Service
+	logger     hclog.Logger
+	listen     net.Listener
+	port       *peer.Port
+	address    string // where others reach it
+	data       *dataDir
+	temp       string // data directory to remove at the end
+	neighbours *neighbours
+	replica    *replica.Replica
+	rpc        *rpc.Service
+	part       *part
+	members    *membership
 
-	serving  sync.WaitGroup
-	serveErr chan error
+	failed  chan error // see Failed
+	failing sync.Once
 
-	stopping context.Context // ends when Stop begins
-	halt     context.CancelFunc
-	stopOnce sync.Once
-	stopErr  error
+	// background is what runs beside the service; it ends with stopping, but
+	// for the registration, which ends with registered.
+	background, registering sync.WaitGroup
+	stopping, registered    context.Context
+	halt, deregister        context.CancelFunc
+	stopOnce                sync.Once
+	stopErr                 error
+
+	ready     chan struct{} // closed when the node first serves
+	readyOnce sync.Once
 
 	mu     sync.Mutex
 	config *config.Config // as last applied
 }
 
-// Start starts a node, in this order: port, data directory, log, service. It
-// returns when the node serves; WaitReady tells when it takes records. If
-// anything fails, what was started is stopped, and nothing is left behind.
+// Start starts a node, in this order: port, data directory, log, service, and
+// what finds the others. It returns when the node answers; WaitReady tells when
+// it takes records. If anything fails, what was started is stopped, and nothing
+// is left behind. See Again for errors after which to try again.
 func Start(cfg *config.Config, opts Options) (*Agent, error) {
-	if opts.Logger == nil {
-		opts.Logger = hclog.NewNullLogger()
-	}
-	if opts.fs == nil {
-		opts.fs = vfs.OS
-	}
-	a := &Agent{logger: opts.Logger, config: cfg, serveErr: make(chan error, 1)}
+	opts = opts.withDefaults()
+	a := &Agent{logger: opts.Logger, config: cfg, failed: make(chan error, 1), ready: make(chan struct{})}
 	a.stopping, a.halt = context.WithCancel(context.Background())
+	a.registered, a.deregister = context.WithCancel(context.Background())
 	if err := a.start(cfg, opts); err != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), cfg.ShutdownTimeout)
 		defer cancel()
@@ -79,7 +113,7 @@ func Start(cfg *config.Config, opts Options) (*Agent, error) {
 func (a *Agent) start(cfg *config.Config, opts Options) (err error) {
 	// First, so that a port that is taken, the most likely mistake, does not
 	// leave a new data directory behind.
-	if a.listen, err = net.Listen("tcp", cfg.Listener.RPC); err != nil {
+	if a.listen, err = opts.network.Listen(cfg.Listener.RPC); err != nil {
 		return fmt.Errorf("%w: choose another address with -rpc-addr or listener.rpc", err)
 	}
 	if a.address, err = advertised(cfg.Listener.Advertise, a.listen.Addr()); err != nil {
@@ -96,12 +130,66 @@ func (a *Agent) start(cfg *config.Config, opts Options) (err error) {
 	if a.data, err = openDataDir(opts.fs, dir); err != nil {
 		return err
 	}
+	if a.neighbours, err = openNeighbours(cfg, opts, a.data); err != nil {
+		return err
+	}
+	self := func() (nodeID, clusterID string) {
+		id := a.data.identity()
+		return id.node, id.cluster
+	}
+	a.port = peer.NewPort(a.listen, peer.PortConfig{Self: self, Check: a.admit, Logger: opts.Logger.Named("port")})
+	a.members = &membership{neighbours: a.neighbours, probe: a.neighbours.forward.Status, data: a.data, logger: opts.Logger.Named("membership")}
+	if err := a.openReplica(cfg, opts, self); err != nil {
+		return err
+	}
+	a.part = &part{
+		cfg: cfg, data: a.data, replica: a.replica, neighbours: a.neighbours,
+		address: a.address, version: opts.Version, left: make(chan struct{}),
+	}
+	if err := a.serve(cfg, opts); err != nil {
+		return err
+	}
+	a.runBeside(cfg, opts)
+	id := a.data.identity()
+	a.logger.Info("node started", "id", id.node, "name", cfg.Node.Name, "address", a.address, "data_dir", dir, "cluster", id.cluster)
+	return nil
+}
+
+// admit decides about a peer that wants to open a stream. A node without a
+// cluster learns from the first leader that greets it which one it is in: the
+// leader called it by its id, which it has only from the node itself.
+func (a *Agent) admit(_ net.Conn, hello peer.Hello) error {
+	switch {
+	case hello.ClusterID == "":
+		return &peer.RefusedError{Reason: peer.ReasonUnknownNode, Text: "a node without a cluster has nothing to replicate"}
+	case a.data.identity().cluster == "":
+		return a.data.join(hello.ClusterID)
+	}
+	return nil
+}
+
+func (a *Agent) openReplica(cfg *config.Config, opts Options, self func() (string, string)) (err error) {
+	var founders []replica.Server
+	if cfg.Alone() {
+		// A group of one needs nobody's consent. The replica ignores it where
+		// there is one already.
+		if a.data.identity().cluster == "" {
+			if err := a.data.join(uuid.NewString()); err != nil {
+				return err
+			}
+		}
+		founders = []replica.Server{{ID: a.data.nodeID(), Address: a.address, Voter: true}}
+	}
+	dialer := &peer.Dialer{Network: opts.network, Self: self, Lookup: a.neighbours.book.Lookup}
 	a.replica, err = replica.Open(replica.Config{
 		Dir:                a.data.log(rpc.DefaultLog),
 		FS:                 opts.fs,
-		ID:                 a.data.nodeID,
+		ID:                 a.data.nodeID(),
 		Address:            a.address,
-		Bootstrap:          true,
+		ClusterID:          a.data.identity().cluster,
+		OnClusterID:        a.learn,
+		Bootstrap:          founders,
+		Network:            &raftNetwork{a.port.Peers(), dialer},
 		SegmentSize:        cfg.Log.SegmentSize,
 		EntryBytes:         int(max(cfg.Limits.MaxBatch, 1<<20)),
 		InFlightBytes:      cfg.Limits.InFlight,
@@ -110,15 +198,70 @@ func (a *Agent) start(cfg *config.Config, opts Options) (err error) {
 		LeaderLeaseTimeout: cfg.Raft.LeaderLeaseTimeout,
 		CommitTimeout:      cfg.Raft.CommitTimeout,
 		SnapshotInterval:   cfg.Raft.SnapshotInterval,
-		Logger:             opts.Logger.Named("raft"),
-		OnFatal:            opts.OnFatal,
+		StallLimit:         cfg.Disk.StallLimit,
+		MinFreeBytes:       cfg.Disk.MinFree,
+		Retention:          retention(cfg),
+		Autopilot: replica.AutopilotConfig{
+			KeepDead:                !cfg.Membership.CleanupDead,
+			MinQuorum:               max(1, cfg.Cluster.BootstrapExpect),
+			LastContactThreshold:    cfg.Membership.LastContact,
+			ServerStabilizationTime: cfg.Membership.Stabilization,
+			LeftAfter:               cfg.Membership.LeftAfter,
+			DeadAfter:               cfg.Membership.DeadAfter,
+			Members:                 a.members.witness,
+		},
+		ScrubInterval: cfg.Log.ScrubInterval,
+		Logger:        opts.Logger.Named("raft"),
+		OnFatal:       a.fatal(opts.OnFatal),
 	})
-	if err != nil {
-		return err
+	return err
+}
+
+// learn notes the cluster that the log says the node is in.
+func (a *Agent) learn(cluster string) {
+	if err := a.data.join(cluster); err != nil {
+		a.fail(err)
 	}
+}
+
+// raftNetwork is the node's port and its dialler as the replica sees them.
+type raftNetwork struct {
+	net.Listener
+	dialer *peer.Dialer
+}
+
+// Dial implements replica.Network.
+func (n *raftNetwork) Dial(ctx context.Context, id, address string) (net.Conn, error) {
+	return n.dialer.Dial(ctx, id, address)
+}
+
+func retention(cfg *config.Config) replica.Retention {
+	return replica.Retention{Age: cfg.Log.RetentionAge, Bytes: cfg.Log.RetentionBytes}
+}
+
+// fatal passes on what ended the replica: the process has to end, unless the
+// node can be started again.
+func (a *Agent) fatal(die func(error)) func(error) {
+	return func(err error) {
+		a.fail(err)
+		if !Again(a.config, err) {
+			die(err)
+		}
+	}
+}
+
+// fail delivers what Failed does. The first counts.
+func (a *Agent) fail(err error) {
+	a.failing.Do(func() { a.failed <- err })
+}
+
+func (a *Agent) serve(cfg *config.Config, opts Options) (err error) {
 	a.rpc, err = rpc.New(rpc.Config{
-		Log:     newService(a.replica),
-		Cluster: &cluster{replica: a.replica, self: a.data.nodeID, name: cfg.Node.Name, address: a.address, version: opts.Version},
+		Log:     newService(a.replica, a.part),
+		Cluster: a.part,
+		Admin:   a.part,
+		Peer:    a.part,
+		Forward: a.neighbours.forward,
 		Limits: rpc.Limits{
 			MaxRecordBytes: int(cfg.Limits.MaxRecord),
 			MaxBatchBytes:  int(cfg.Limits.MaxBatch),
@@ -133,14 +276,89 @@ func (a *Agent) start(cfg *config.Config, opts Options) (err error) {
 	}
 	// Not before it can take records.
 	a.rpc.SetServing(false)
-	listener := a.listen
-	a.serving.Go(func() {
-		if err := a.rpc.Serve(listener); err != nil {
-			a.serveErr <- fmt.Errorf("serve %s: %w", listener.Addr(), err)
+	clients := a.port.Clients()
+	a.background.Go(func() {
+		if err := a.rpc.Serve(clients); err != nil {
+			a.fail(fmt.Errorf("serve %s: %w", a.address, err))
 		}
 	})
-	a.logger.Info("node started", "id", a.data.nodeID, "name", cfg.Node.Name, "address", a.address, "data_dir", dir)
 	return nil
+}
+
+// runBeside starts what finds the other nodes and tells them about this one.
+func (a *Agent) runBeside(cfg *config.Config, opts Options) {
+	a.announce()
+	a.registering.Go(func() {
+		if err := a.neighbours.discovery.Run(a.registered); err != nil {
+			a.logger.Warn("could not deregister", "error", err)
+		}
+	})
+	if !cfg.Alone() {
+		f := &forming{
+			data: a.data, self: a.part.self, discovery: a.neighbours.discovery, probe: a.neighbours.forward.Status,
+			started: a.part.started, found: a.replica.Found, again: a.fail, logger: opts.Logger.Named("forming"),
+		}
+		a.background.Go(func() { f.run(a.stopping) })
+	}
+	kick := make(chan struct{}, 1)
+	a.members.group, a.members.self = a.replica, a.part.self
+	a.background.Go(func() { a.members.run(a.stopping, kick) })
+	a.background.Go(func() { a.watch(kick) })
+}
+
+// watchInterval is how often the node's health is looked at; changes of
+// leadership show at once.
+const watchInterval = time.Second
+
+// watch tells clients, health checks and the registry how the node is.
+func (a *Agent) watch(kick chan<- struct{}) {
+	ticker := time.NewTicker(watchInterval)
+	defer ticker.Stop()
+	discarded := false
+	for {
+		changed := a.replica.LeaderChanges()
+		serving := a.announce()
+		a.rpc.SetServing(serving && a.stopping.Err() == nil)
+		if serving {
+			a.readyOnce.Do(func() { close(a.ready) })
+			if !discarded {
+				discarded = true
+				a.discardOld()
+			}
+		}
+		select {
+		case <-changed:
+			select {
+			case kick <- struct{}{}:
+			default:
+			}
+		case <-ticker.C:
+		case <-a.part.left:
+			a.fail(ErrLeft)
+			<-a.stopping.Done()
+			return
+		case <-a.stopping.Done():
+			return
+		}
+	}
+}
+
+// announce says in the registry how the node is.
+func (a *Agent) announce() (serving bool) {
+	serving, status, why := a.part.health()
+	a.neighbours.discovery.Announce(discovery.Registration{Node: a.part.self(), Status: status, Output: why})
+	return serving
+}
+
+// discardOld removes damaged data that has been replaced.
+func (a *Agent) discardOld() {
+	removed, err := a.data.discard()
+	if err != nil {
+		a.logger.Warn("cannot remove damaged data that has been replaced", "error", err)
+	}
+	for _, dir := range removed {
+		a.logger.Info("removed damaged data that has been replaced", "dir", dir)
+	}
 }
 
 // advertised completes the address that others use with the port that the
@@ -162,32 +380,37 @@ func advertised(advertise string, listen net.Addr) (string, error) {
 func (a *Agent) Address() string { return a.address }
 
 // NodeID is the node's id, which is kept with its data.
-func (a *Agent) NodeID() string { return a.data.nodeID }
+func (a *Agent) NodeID() string { return a.data.nodeID() }
 
-// WaitReady returns once the node takes records and says so to health checks,
-// or with ctx's error, ErrStopping, or what made the disk fail.
+// WaitReady returns once the node takes records, be it to pass them on, and
+// says so to health checks; or with ctx's error, ErrStopping, or what ended the
+// node.
 func (a *Agent) WaitReady(ctx context.Context) error {
 	begin := time.Now()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(a.stopping, cancel)()
-	if err := a.replica.WaitReady(ctx); err != nil {
-		if a.stopping.Err() != nil {
-			return ErrStopping
-		}
-		return err
+	if a.stopping.Err() != nil {
+		return ErrStopping
 	}
-	a.rpc.SetServing(true)
+	select {
+	case <-a.ready:
+	case <-a.replica.Failed():
+		return a.replica.Err()
+	case <-a.stopping.Done():
+		return ErrStopping
+	case <-ctx.Done():
+		_, _, why := a.part.health()
+		return fmt.Errorf("waiting to be ready (the node %s): %w", why, ctx.Err())
+	}
 	first, watermark, _ := a.replica.Bounds()
 	a.logger.Info("ready", "after", time.Since(begin).Round(time.Millisecond), "first_offset", first, "next_offset", watermark)
 	return nil
 }
 
-// Failed delivers what ended the service without Stop having been called.
-func (a *Agent) Failed() <-chan error { return a.serveErr }
+// Failed delivers what ended the node without Stop having been called: see
+// Again, and ErrLeft.
+func (a *Agent) Failed() <-chan error { return a.failed }
 
-// Stop ends the node cleanly: it takes no more calls, answers those under way,
-// and closes the log. It returns when ctx ends at the latest: shortly before
+// Stop ends the node cleanly: it hands leadership over, takes no more calls,
+// answers those under way, and closes the log. It stays a member. It returns when ctx ends at the latest: shortly before
 // that, calls still under way are cut off; and what cannot be ended, because
 // the disk hangs, is left behind, with the data directory's lock, for the end
 // of the process. Further calls return the first one's result.
@@ -217,25 +440,34 @@ func (a *Agent) Stop(ctx context.Context) error {
 
 func (a *Agent) stop(ctx context.Context, doing func(string)) error {
 	var err error
+	// Those who look for a node find another one from now on.
+	a.deregister()
 	if a.rpc != nil {
+		a.rpc.SetServing(false)
+		doing("handing leadership over")
+		a.handOver(ctx)
 		doing("ending calls")
 		draining, cancel := whileDraining(ctx)
 		err = errors.Join(err, a.rpc.Shutdown(draining))
 		cancel()
 	}
-	if a.listen != nil {
-		// The service closes it; this is for a start that failed before.
-		if closeErr := a.listen.Close(); closeErr != nil && !errors.Is(closeErr, net.ErrClosed) {
-			err = errors.Join(err, closeErr)
-		}
+	doing("deregistering")
+	a.registering.Wait()
+	a.background.Wait()
+	if a.neighbours != nil {
+		err = errors.Join(err, a.neighbours.close(ctx))
 	}
-	a.serving.Wait()
 	if a.replica != nil {
 		doing("closing the log")
 		if err = errors.Join(err, a.replica.Close(ctx)); errors.Is(err, replica.ErrHangs) {
 			// The lock stays: nobody else may have these files yet.
 			return err
 		}
+	}
+	if a.port != nil {
+		err = errors.Join(err, a.port.Close())
+	} else if a.listen != nil {
+		err = errors.Join(err, a.listen.Close())
 	}
 	if a.data != nil {
 		err = errors.Join(err, a.data.Close())
@@ -245,6 +477,16 @@ func (a *Agent) stop(ctx context.Context, doing func(string)) error {
 		err = errors.Join(err, os.RemoveAll(a.temp))
 	}
 	return err
+}
+
+// handOver makes another voter the leader before calls are ended, so that
+// nobody has to wait for an election.
+func (a *Agent) handOver(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, 2*a.config.Raft.ElectionTimeout)
+	defer cancel()
+	if err := a.replica.HandOver(ctx); err != nil {
+		a.logger.Warn("leadership could not be handed over; the others will elect a leader", "error", err)
+	}
 }
 
 // whileDraining leaves a part of the time to close the log in.
@@ -270,6 +512,7 @@ func (a *Agent) Reload(cfg *config.Config) []config.Change {
 		}
 	}
 	a.logger.SetLevel(hclog.LevelFromString(cfg.LogLevel))
+	a.replica.SetRetention(retention(cfg))
 	// What needs a restart stays what it is, so that the next reload says so
 	// again.
 	a.config = withLive(a.config, cfg)
@@ -279,5 +522,6 @@ func (a *Agent) Reload(cfg *config.Config) []config.Change {
 func withLive(running, wanted *config.Config) *config.Config {
 	c := *running
 	c.LogLevel = wanted.LogLevel
+	c.Log.RetentionAge, c.Log.RetentionBytes = wanted.Log.RetentionAge, wanted.Log.RetentionBytes
 	return &c
 }

@@ -109,26 +109,69 @@ func (c *agentCommand) Run(args []string) int {
 	signals, unsubscribe := c.signals()
 	defer unsubscribe()
 
-	a, code := c.start(cfg, src, logger, signals)
-	if a == nil {
-		return code
+	for {
+		a, code, err := c.start(cfg, src, logger, signals)
+		if a != nil {
+			code, err = c.supervise(a, cfg, src, logger, signals)
+		}
+		if err == nil {
+			return code
+		}
+		// In place: a supervisor's restart would do, but not every node has one.
+		if code, again := c.heal(cfg, logger, signals, err); !again {
+			return code
+		}
+		logger.Info("starting again")
 	}
-	return c.supervise(a, cfg, src, logger, signals)
+}
+
+// heal prepares the next start of a node that ended for err, which may take as
+// long as there is no leader to get undamaged data from.
+func (c *agentCommand) heal(cfg *config.Config, logger hclog.Logger, signals <-chan os.Signal, cause error) (code int, again bool) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	healed := make(chan error, 1)
+	go func() { healed <- Heal(ctx, cfg, c.agentOptions(cfg, logger), cause) }()
+	for {
+		select {
+		case err := <-healed:
+			switch {
+			case err == nil:
+				return exitOK, true
+			case !c.asked.IsZero():
+				return exitOK, false
+			}
+			c.fail(cfg, logger, "cannot go on with damaged data", err)
+			return exitStorage, false
+		case s := <-signals:
+			if s == syscall.SIGHUP {
+				logger.Warn("not reloading while the node does not run")
+			} else if c.impatient() {
+				return c.stopAtOnce(logger, s), false
+			}
+			cancel()
+		}
+	}
+}
+
+func (c *agentCommand) agentOptions(cfg *config.Config, logger hclog.Logger) Options {
+	return Options{Logger: logger, Version: c.version, fs: c.fs, OnFatal: func(err error) {
+		c.diskFailed(cfg, logger, err)
+		c.exit(exitStorage)
+	}}
 }
 
 // start starts the node, which takes a while if there is much to recover, and
-// returns it; or nil and the exit code.
-func (c *agentCommand) start(cfg *config.Config, src config.Sources, logger hclog.Logger, signals <-chan os.Signal) (*Agent, int) {
+// returns it; or nil and the exit code, with an error if it should be tried
+// again.
+func (c *agentCommand) start(cfg *config.Config, src config.Sources, logger hclog.Logger, signals <-chan os.Signal) (*Agent, int, error) {
 	type result struct {
 		agent *Agent
 		err   error
 	}
 	started := make(chan result, 1)
 	go func() {
-		a, err := Start(cfg, Options{Logger: logger, Version: c.version, fs: c.fs, OnFatal: func(err error) {
-			c.diskFailed(cfg, logger, err)
-			c.exit(exitStorage)
-		}})
+		a, err := Start(cfg, c.agentOptions(cfg, logger))
 		started <- result{a, err}
 	}()
 	reload := false
@@ -138,23 +181,26 @@ func (c *agentCommand) start(cfg *config.Config, src config.Sources, logger hclo
 			switch {
 			case r.err != nil:
 				err := r.err
+				if Again(cfg, err) && c.asked.IsZero() {
+					return nil, exitUsage, err
+				}
 				if isFull(err) {
 					err = fmt.Errorf("%w: the disk is full, make room and start the node again", err)
 				}
 				c.fail(cfg, logger, "cannot start", err)
-				return nil, exitUsage
+				return nil, exitUsage, nil
 			case !c.asked.IsZero():
-				return nil, c.stop(r.agent, cfg, logger, signals)
+				return nil, c.stop(r.agent, cfg, logger, signals), nil
 			case reload:
 				c.reload(r.agent, src, logger)
 			}
-			return r.agent, exitOK
+			return r.agent, exitOK, nil
 		case s := <-signals:
 			switch {
 			case s == syscall.SIGHUP:
 				reload = true
 			case c.impatient():
-				return nil, c.stopAtOnce(logger, s)
+				return nil, c.stopAtOnce(logger, s), nil
 			default:
 				logger.Info("stopping once it has started", "signal", s.String())
 			}
@@ -188,13 +234,15 @@ func (c *agentCommand) fail(cfg *config.Config, logger hclog.Logger, what string
 	say(c.stderr, "Error: %s: %v\n", what, err)
 }
 
-// supervise runs a started node until it is to end, and ends it.
-func (c *agentCommand) supervise(a *Agent, cfg *config.Config, src config.Sources, logger hclog.Logger, signals <-chan os.Signal) int {
+// supervise runs a started node until it is to end, and ends it. It returns the
+// exit code, with an error if the node should be started again.
+func (c *agentCommand) supervise(a *Agent, cfg *config.Config, src config.Sources, logger hclog.Logger, signals <-chan os.Signal) (int, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ready := make(chan error, 1)
 	var waiting sync.WaitGroup
 	waiting.Go(func() { ready <- a.WaitReady(ctx) })
 	code := exitOK
+	var again error
 	for running := true; running; {
 		select {
 		case err := <-ready:
@@ -205,8 +253,16 @@ func (c *agentCommand) supervise(a *Agent, cfg *config.Config, src config.Source
 				c.banner(a)
 			}
 		case err := <-a.Failed():
-			c.fail(cfg, logger, "cannot serve any more", err)
-			code, running = exitServer, false
+			running = false
+			switch {
+			case errors.Is(err, ErrLeft):
+				logger.Info("left the cluster; the data is of no more use")
+			case Again(cfg, err):
+				again = err
+			default:
+				c.fail(cfg, logger, "cannot serve any more", err)
+				code = exitServer
+			}
 		case s := <-signals:
 			if s == syscall.SIGHUP {
 				c.reload(a, src, logger)
@@ -214,12 +270,16 @@ func (c *agentCommand) supervise(a *Agent, cfg *config.Config, src config.Source
 			}
 			c.impatient()
 			logger.Info("stopping", "signal", s.String())
-			running = false
+			running, again = false, nil
 		}
 	}
 	cancel()
 	waiting.Wait()
-	return max(code, c.stop(a, cfg, logger, signals))
+	stopped := c.stop(a, cfg, logger, signals)
+	if again != nil && c.asked.IsZero() {
+		return stopped, again
+	}
+	return max(code, stopped), nil
 }
 
 // stop ends the node cleanly; another signal ends the process at once.

@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -470,99 +469,91 @@ func TestServiceEndsUnderCommand(t *testing.T) {
 	if err := a.listen.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if code := c.supervise(a.Agent, a.cfg, config.Sources{}, a.opts.Logger, c.signals); code != exitServer {
-		t.Errorf("exit %d", code)
+	if code, err := c.supervise(a.Agent, a.cfg, config.Sources{}, a.opts.Logger, c.signals); code != exitServer || err != nil {
+		t.Errorf("exit %d, %v", code, err)
 	}
 	if text := c.stderr.text(); !strings.Contains(text, "cannot serve any more") || !strings.Contains(text, a.Address()) {
 		t.Errorf("%s", text)
 	}
 }
 
-// TestDiskFull fills a real disk under a node.
+// TestDiskFull fills a real disk under a node: it refuses records, serves
+// readers, and goes on by itself when there is room.
 func TestDiskFull(t *testing.T) {
+	for name, minFree := range map[string]string{"before it is full": "3MiB", "when it is full": "0B"} {
+		t.Run(name, func(t *testing.T) { testDiskFull(t, minFree) })
+	}
+}
+
+func testDiskFull(t *testing.T, minFree string) {
 	disk := t.TempDir()
-	mountTmpfs(t, disk, "12M")
+	mountTmpfs(t, disk, "14M")
 	dir := filepath.Join(disk, "data")
 	conf := filepath.Join(t.TempDir(), "node.hcl")
-	if err := os.WriteFile(conf, []byte(`log { segment_size = "1MiB" }`), 0o600); err != nil {
+	if err := os.WriteFile(conf, fmt.Appendf(nil, "log { segment_size = \"1MiB\" }\ndisk { min_free = %q }\n", minFree), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	ballast := filepath.Join(disk, "ballast")
 	if err := os.WriteFile(ballast, make([]byte, 4<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	n := startDiurna(t, "agent", "-data-dir", dir, "-rpc-addr", "127.0.0.1:0", "-config-file", conf)
-	addr := regexp.MustCompile(`address=(\S+)`).FindStringSubmatch(n.stderr.mustAwait(t, "ready"))[1]
-	p := startDiurna(t, "produce", "-addr", addr, "-print-offsets")
-	sent := make(chan int, 1)
-	go func() {
-		i := 0
-		for ; ; i++ {
-			if _, err := fmt.Fprintf(p.stdin, "%s\n", record("disk", uint64(i))); err != nil {
-				break
-			}
-		}
-		sent <- i
-	}()
-	if code := n.wait(t); code != exitStorage {
-		t.Fatalf("exit %d, want %d:\n%s", code, exitStorage, n.stderr.text())
-	}
-	if code := p.wait(t); code != 2 {
-		t.Errorf("produce: exit %d: %s", code, p.stderr.text())
-	}
-	<-sent
-	said := n.stderr.text()
-	t.Logf("the node's last words:\n%s", said[max(0, len(said)-700):])
-	t.Logf("the producer's:\n%s", p.stderr.text())
-	last := lastLine(said)
-	if !strings.HasPrefix(last, "Error: the disk is full: ") || !strings.Contains(last, dir) || !strings.Contains(last, "no space left on device") || !strings.Contains(last, "Make room") {
-		t.Errorf("the last word is %q", last)
-	}
-
-	acked := strings.Fields(p.stdout.text())
-	check := func(c *client.Client) (all int) {
+	n := startNode(t, dir, "-config-file", conf)
+	c := dial(t, n.addr)
+	fill := func() (next uint64) {
 		t.Helper()
-		got := consume(t, c, 0)
-		if len(acked) == 0 || len(got) < len(acked) {
-			t.Fatalf("%d were acknowledged, there are %d", len(acked), len(got))
-		}
-		for i, text := range got {
-			if text != record("disk", uint64(i)) || i < len(acked) && acked[i] != strconv.Itoa(i) {
-				t.Fatalf("offset %d holds %.40q", i, text)
+		for i := 0; ; i++ {
+			ack, err := c.Produce(t.Context(), []*client.Record{{Value: make([]byte, 100<<10)}})
+			if err == nil {
+				next = ack.NextOffset
+				continue
 			}
+			if e := wantReason(t, err, "DISK_FULL"); !e.Definite {
+				t.Errorf("not definite: %v", err)
+			}
+			return next
 		}
-		return len(got)
+	}
+	check := func(next uint64) {
+		t.Helper()
+		if got := consume(t, c, 0); uint64(len(got)) != next {
+			t.Fatalf("there are %d records, %d were acknowledged", len(got), next)
+		}
+	}
+	next := fill()
+	if next == 0 {
+		t.Fatal("nothing was acknowledged")
+	}
+	check(next)
+	// A full disk is no reason not to end, or not to start.
+	n.terminate(t)
+	n = startNode(t, dir, "-config-file", conf)
+	c = dial(t, n.addr)
+	check(next)
+	if minFree != "0B" {
+		_, err := c.Produce(t.Context(), []*client.Record{{Value: []byte("x")}})
+		wantReason(t, err, "DISK_FULL")
 	}
 
-	// As long as there is no room, it can be read from, as far as it gets, and
-	// ends the same way when it is to write.
-	for range 3 {
-		n := startDiurna(t, "agent", "-data-dir", dir, "-rpc-addr", "127.0.0.1:0", "-config-file", conf)
-		said, ready := n.stderr.await(t, func(text string) bool { return strings.Contains(text, "diurna: ready") })
-		if ready {
-			c := dial(t, regexp.MustCompile(`address=(\S+)`).FindStringSubmatch(said)[1])
-			check(c)
-			// Too large for what is left of the segment.
-			_, err := c.Produce(t.Context(), []*client.Record{{Value: make([]byte, 1000<<10)}})
-			if err == nil {
-				t.Fatal("there was room")
-			}
-		}
-		code, said := n.wait(t), n.stderr.text()
-		if ready != (code == exitStorage) || !ready && code != exitUsage || !strings.Contains(lastLine(said), "the disk is full") || strings.Contains(said, "goroutine ") {
-			t.Errorf("while it is full: exit %d:\n%s", code, said)
-		}
-	}
 	if err := os.Remove(ballast); err != nil {
 		t.Fatal(err)
 	}
-	again := startNode(t, dir, "-config-file", conf)
-	c := dial(t, again.addr)
-	next := check(c)
-	if ack := produce(t, c, "and on"); ack.BaseOffset != uint64(next) {
-		t.Errorf("goes on at %d, want %d", ack.BaseOffset, next)
+	for ctx := within(t); ; {
+		ack, err := c.Produce(ctx, []*client.Record{{Value: []byte("and on")}})
+		if err == nil {
+			if ack.BaseOffset < next {
+				t.Errorf("goes on at %d, want %d", ack.BaseOffset, next)
+			}
+			next = ack.NextOffset
+			break
+		}
+		// The disk is looked at from time to time.
+		wantReason(t, err, "DISK_FULL")
 	}
-	again.terminate(t)
+	check(next)
+	if more := fill(); more <= next {
+		t.Errorf("full again at %d, was %d", more, next)
+	}
+	n.terminate(t)
 }
 
 func lastLine(text string) string {

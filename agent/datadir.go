@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/google/uuid"
@@ -32,14 +33,34 @@ var ErrForeign = errors.New("not a Diurna data directory")
 
 // dataDir is a data directory that this process holds the lock of.
 //
-//	node    format version and node id
+//	node    format version, and who the node is
+//	peers   where the others were last seen
 //	lock    held by the process that uses the directory
-//	logs/   one directory for each log, see package replica
+//	logs/   one directory for each log, see package replica; logs-2/, logs-3/ …
+//	        where the node had to begin anew, see renew
 type dataDir struct {
-	path   string
-	nodeID string
-	lock   io.Closer
+	fs   vfs.FS
+	path string
+	lock io.Closer
+
+	mu sync.Mutex
+	id identity
 }
+
+// identity is who the node is. It is written as a whole, atomically: which
+// directory counts and whose it is can never disagree.
+type identity struct {
+	node string // a UUID, drawn when the directory was made or renewed
+	// cluster is the id of the cluster that the node belongs to, empty before
+	// it does. It is never changed afterwards.
+	cluster string
+	// former are the node's earlier ids, the last one first, up to formerKept.
+	former []string
+	// lives counts the ids that it has had, from 1.
+	lives int
+}
+
+const formerKept = 16
 
 // openDataDir takes the directory, making it if it is missing or empty. A
 // directory that is not ours, or of a newer format, is left as it was.
@@ -70,7 +91,7 @@ func openDataDir(fsys vfs.FS, path string) (d *dataDir, err error) {
 		return nil, err
 	}
 	if fresh {
-		if err := writeNodeFile(fsys, path, uuid.NewString()); err != nil {
+		if err := writeNodeFile(fsys, path, identity{node: uuid.NewString(), lives: 1}); err != nil {
 			return nil, fmt.Errorf("make data directory: %w", advise(err))
 		}
 	}
@@ -78,10 +99,91 @@ func openDataDir(fsys vfs.FS, path string) (d *dataDir, err error) {
 	if err != nil {
 		return nil, err
 	}
-	return &dataDir{path: path, nodeID: id, lock: lock}, nil
+	return &dataDir{fs: fsys, path: path, id: id, lock: lock}, nil
 }
 
-func (d *dataDir) log(name string) string { return filepath.Join(d.path, logsDir, name) }
+func (d *dataDir) identity() identity {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.id
+}
+
+// nodeID is the node's id.
+func (d *dataDir) nodeID() string { return d.identity().node }
+
+// log is where the log of a name lies.
+func (d *dataDir) log(name string) string {
+	return filepath.Join(d.path, d.identity().logs(), name)
+}
+
+func (id identity) logs() string {
+	if id.lives == 1 {
+		return logsDir
+	}
+	return fmt.Sprintf("%s-%d", logsDir, id.lives)
+}
+
+// join records which cluster the node belongs to. It is durable before it is
+// believed, and nothing else can be recorded after it.
+func (d *dataDir) join(cluster string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	switch {
+	case d.id.cluster == cluster:
+		return nil
+	case d.id.cluster != "":
+		return &foreignClusterError{ours: d.id.cluster, theirs: cluster}
+	}
+	id := d.id
+	id.cluster = cluster
+	return d.become(id)
+}
+
+// foreignClusterError: somebody belongs to another cluster.
+type foreignClusterError struct{ ours, theirs string }
+
+func (e *foreignClusterError) Error() string {
+	return fmt.Sprintf("this node belongs to cluster %s, not to %s", e.ours, e.theirs)
+}
+
+// renew gives the node a new id and an empty place for its logs, because what
+// it has cannot be trusted any more: under its old id it might vote against
+// what it once acknowledged. The old logs stay where they are until discard.
+func (d *dataDir) renew() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	id := d.id
+	id.former = append([]string{id.node}, id.former...)
+	id.former = id.former[:min(len(id.former), formerKept)]
+	id.node = uuid.NewString()
+	id.lives++
+	return d.become(id)
+}
+
+// become is called with mu held.
+func (d *dataDir) become(id identity) error {
+	if err := writeNodeFile(d.fs, d.path, id); err != nil {
+		return fmt.Errorf("write down who the node is: %w", err)
+	}
+	d.id = id
+	return nil
+}
+
+// discard removes what earlier lives of the node have left.
+func (d *dataDir) discard() (removed []string, err error) {
+	id := d.identity()
+	for life := 1; life < id.lives; life++ {
+		old := filepath.Join(d.path, identity{lives: life}.logs())
+		if _, err := d.fs.List(old); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err := vfs.RemoveAll(d.fs, old); err != nil {
+			return removed, err
+		}
+		removed = append(removed, old)
+	}
+	return removed, nil
+}
 
 func (d *dataDir) Close() error { return d.lock.Close() }
 
@@ -119,8 +221,17 @@ func advise(err error) error {
 	return err
 }
 
-func writeNodeFile(fsys vfs.FS, path, id string) error {
-	body := fmt.Sprintf("diurna-data %d\nnode_id %s\n", dataFormat, id)
+func writeNodeFile(fsys vfs.FS, path string, id identity) error {
+	body := fmt.Sprintf("diurna-data %d\nnode_id %s\n", dataFormat, id.node)
+	if id.cluster != "" {
+		body += "cluster_id " + id.cluster + "\n"
+	}
+	for _, f := range id.former {
+		body += "former_id " + f + "\n"
+	}
+	if id.lives > 1 {
+		body += fmt.Sprintf("lives %d\n", id.lives)
+	}
 	return vfs.WriteFile(fsys, filepath.Join(path, nodeFile), []byte(body+nodeSum(body)))
 }
 
@@ -128,38 +239,56 @@ func nodeSum(body string) string {
 	return fmt.Sprintf("crc32c %08x\n", crc32.Checksum([]byte(body), crc32.MakeTable(crc32.Castagnoli)))
 }
 
-func readNodeFile(fsys vfs.FS, path string) (id string, err error) {
+func readNodeFile(fsys vfs.FS, path string) (identity, error) {
 	name := filepath.Join(path, nodeFile)
 	b, err := vfs.ReadFile(fsys, name, nodeFileLimit)
 	if err != nil {
-		return "", fmt.Errorf("data directory: %w", advise(err))
+		return identity{}, fmt.Errorf("data directory: %w", advise(err))
 	}
 	return parseNodeFile(name, string(b))
 }
 
-func parseNodeFile(name, content string) (id string, err error) {
+func parseNodeFile(name, content string) (identity, error) {
 	damaged := fmt.Errorf("%s is damaged: it is not what Diurna wrote; the node's id is in it, so the directory cannot be used: restore the file, or start with an empty -data-dir as a new node", name)
 	at := strings.LastIndex(content, "crc32c ")
 	if at < 0 || nodeSum(content[:at]) != content[at:] {
-		return "", damaged
+		return identity{}, damaged
 	}
 	lines := strings.Split(content[:at], "\n")
 	version, ok := strings.CutPrefix(lines[0], "diurna-data ")
 	format, err := strconv.ParseUint(version, 10, 32)
 	if !ok || err != nil {
-		return "", damaged
+		return identity{}, damaged
 	}
 	if format != dataFormat {
-		return "", fmt.Errorf("%s: the data directory has format version %d, this program knows version %d: use a newer Diurna", name, format, dataFormat)
+		return identity{}, fmt.Errorf("%s: the data directory has format version %d, this program knows version %d: use a newer Diurna", name, format, dataFormat)
 	}
+	id := identity{lives: 1}
 	for _, line := range lines[1:] {
-		if id, ok := strings.CutPrefix(line, "node_id "); ok {
-			// Only as it was written: Raft compares ids as text.
-			if u, err := uuid.Parse(id); err != nil || u.String() != id {
-				return "", damaged
+		key, value, _ := strings.Cut(line, " ")
+		switch key {
+		case "node_id":
+			id.node = value
+		case "cluster_id":
+			id.cluster = value
+		case "former_id":
+			id.former = append(id.former, value)
+		case "lives":
+			n, err := strconv.Atoi(value)
+			if err != nil || n < 1 || strconv.Itoa(n) != value {
+				return identity{}, damaged
 			}
-			return id, nil
+			id.lives = n
 		}
 	}
-	return "", damaged
+	// Only as they were written: Raft compares ids as text.
+	for _, v := range append([]string{id.node}, id.former...) {
+		if u, err := uuid.Parse(v); err != nil || u.String() != v {
+			return identity{}, damaged
+		}
+	}
+	if u, err := uuid.Parse(id.cluster); id.cluster != "" && (err != nil || u.String() != id.cluster) || len(id.former) > formerKept {
+		return identity{}, damaged
+	}
+	return id, nil
 }

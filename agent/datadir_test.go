@@ -68,7 +68,7 @@ func writeFiles(t testing.TB, dir string, files map[string]string) {
 }
 
 func nodeFileText(version int, id string) string {
-	body := fmt.Sprintf("diurna-data %d\nnode_id %s\n", version, id)
+	body := fmt.Sprintf("diurna-data %d\nnode_id %s\ncluster_id %s\n", version, id, someID)
 	return body + nodeSum(body)
 }
 
@@ -95,8 +95,8 @@ func TestDataDirTaken(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, err := uuid.Parse(first.nodeID); err != nil || (files[nodeFile] != "") != (first.nodeID == someID) {
-				t.Errorf("the id is %q, %v", first.nodeID, err)
+			if _, err := uuid.Parse(first.nodeID()); err != nil || (files[nodeFile] != "") != (first.nodeID() == someID) {
+				t.Errorf("the id is %q, %v", first.nodeID(), err)
 			}
 			if err := first.Close(); err != nil {
 				t.Fatal(err)
@@ -105,11 +105,11 @@ func TestDataDirTaken(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := again.Close(); err != nil || again.nodeID != first.nodeID {
-				t.Errorf("the id was %s and is %s, %v", first.nodeID, again.nodeID, err)
+			if err := again.Close(); err != nil || again.nodeID() != first.nodeID() {
+				t.Errorf("the id was %s and is %s, %v", first.nodeID(), again.nodeID(), err)
 			}
 			code, stderr := runAgent(t, nil, "-data-dir", dir)
-			if code != exitOK || !strings.Contains(stderr, first.nodeID) {
+			if code != exitOK || !strings.Contains(stderr, first.nodeID()) {
 				t.Errorf("exit %d: %s", code, stderr)
 			}
 			for name, content := range files {
@@ -223,14 +223,82 @@ func wantRefusal(t testing.TB, fsys vfs.FS, dir string, want []string) {
 
 // TestDataDirDamagedBits: no bit of the node file can be another.
 func TestDataDirDamagedBits(t *testing.T) {
-	good := nodeFileText(1, someID)
+	body := fmt.Sprintf("diurna-data 1\nnode_id %s\ncluster_id %s\nformer_id %s\nlives 2\n", someID, someID, someID)
+	good := body + nodeSum(body)
+	if _, err := parseNodeFile("node", good); err != nil {
+		t.Fatal(err)
+	}
 	for i := range len(good) * 8 {
 		b := []byte(good)
 		b[i/8] ^= 1 << (i % 8)
 		if id, err := parseNodeFile("node", string(b)); err == nil {
-			t.Errorf("bit %d: taken, with id %q", i, id)
+			t.Errorf("bit %d: taken, as %+v", i, id)
 		}
 	}
+}
+
+// TestIdentity: what a node is told to be, it is after a restart; a cluster it
+// has joined it never leaves for another.
+func TestIdentity(t *testing.T) {
+	fsys := vfstest.New()
+	open := func() *dataDir {
+		t.Helper()
+		d, err := openDataDir(fsys, "/data")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	d := open()
+	first := d.identity()
+	if first.lives != 1 || first.cluster != "" || d.log("default") != "/data/logs/default" {
+		t.Fatalf("new: %+v, %s", first, d.log("default"))
+	}
+	if err := errors.Join(d.join(someID), d.join(someID)); err != nil {
+		t.Fatal(err)
+	}
+	var foreign *foreignClusterError
+	if err := d.join(first.node); !errors.As(err, &foreign) || !strings.Contains(err.Error(), someID) {
+		t.Fatalf("joined another cluster: %v", err)
+	}
+	for i := range formerKept + 3 {
+		before := d.identity()
+		if err := vfs.WriteFile(fsys, mustMake(t, fsys, d.log("default"))+"/x", []byte("old")); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.renew(); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		d = open()
+		now := d.identity()
+		if now.node == before.node || now.former[0] != before.node || now.cluster != someID || now.lives != i+2 || len(now.former) > formerKept {
+			t.Fatalf("renewed: %+v, was %+v", now, before)
+		}
+		if want := fmt.Sprintf("/data/logs-%d/default", i+2); d.log("default") != want {
+			t.Fatalf("%s, want %s", d.log("default"), want)
+		}
+	}
+	removed, err := d.discard()
+	if err != nil || len(removed) != formerKept+3 || removed[0] != "/data/logs" {
+		t.Fatalf("discarded %q, %v", removed, err)
+	}
+	if names, err := fsys.List("/data"); err != nil || !slices.Equal(names, []string{nodeFile}) {
+		t.Errorf("left: %q, %v", names, err)
+	}
+	if removed, err := d.discard(); err != nil || len(removed) > 0 {
+		t.Errorf("discarded again: %q, %v", removed, err)
+	}
+}
+
+func mustMake(t testing.TB, fsys vfs.FS, dir string) string {
+	t.Helper()
+	if err := fsys.MkdirAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 func TestDataDirLocked(t *testing.T) {
@@ -392,13 +460,15 @@ func FuzzNodeFile(f *testing.F) {
 		}
 		id, err := parseNodeFile("/data/node", text)
 		switch {
-		case err != nil && (id != "" || !strings.Contains(err.Error(), "/data/node")):
-			t.Errorf("%q, %v", id, err)
+		case err != nil && (id.node != "" || !strings.Contains(err.Error(), "/data/node")):
+			t.Errorf("%+v, %v", id, err)
 		case err == nil && !strings.HasPrefix(text, "diurna-data 1\n"):
 			t.Errorf("took version %q", text)
 		case err == nil:
-			if u, err := uuid.Parse(id); err != nil || u.String() != id {
-				t.Errorf("took the id %q, %v", id, err)
+			for _, v := range append([]string{id.node}, id.former...) {
+				if u, err := uuid.Parse(v); err != nil || u.String() != v {
+					t.Errorf("took the id %q, %v", v, err)
+				}
 			}
 		}
 	})

@@ -15,28 +15,32 @@ import (
 // service is a replica as the gRPC server sees it.
 type service struct {
 	replica *replica.Replica
+	part    *part
 	places  sync.Pool // of *[]logstore.Batch
 }
 
-func newService(r *replica.Replica) *service {
-	return &service{replica: r, places: sync.Pool{New: func() any { return new([]logstore.Batch) }}}
+func newService(r *replica.Replica, p *part) *service {
+	return &service{replica: r, part: p, places: sync.Pool{New: func() any { return new([]logstore.Batch) }}}
 }
 
 // Propose implements rpc.Log.
 func (s *service) Propose(ctx context.Context, p rpc.Proposal, wait bool) (rpc.Pending, error) {
 	pending, err := s.replica.Propose(ctx, replica.Proposal{Records: p.Records, Count: p.Count, Expected: p.Expected}, wait)
 	if err != nil {
-		return nil, rpcError(err)
+		return nil, s.part.rpcError(err)
 	}
-	return outcome{pending}, nil
+	return outcome{pending, s.part}, nil
 }
 
-type outcome struct{ *replica.Pending }
+type outcome struct {
+	*replica.Pending
+	part *part
+}
 
 // Result implements rpc.Pending.
 func (o outcome) Result() (rpc.Ack, error) {
 	ack, err := o.Pending.Result()
-	return rpc.Ack(ack), rpcError(err)
+	return rpc.Ack(ack), o.part.rpcError(err)
 }
 
 // Bounds implements rpc.Log.
@@ -47,18 +51,18 @@ func (s *service) Bounds() rpc.Bounds {
 
 // WaitReadable implements rpc.Log.
 func (s *service) WaitReadable(ctx context.Context, offset uint64) error {
-	return rpcError(s.replica.WaitReadable(ctx, offset))
+	return s.part.rpcError(s.replica.WaitReadable(ctx, offset))
 }
 
 // Linearize implements rpc.Log.
 func (s *service) Linearize(ctx context.Context) error {
-	return rpcError(s.replica.Linearize(ctx))
+	return s.part.rpcError(s.replica.Linearize(ctx))
 }
 
 // OffsetAtTime implements rpc.Log.
 func (s *service) OffsetAtTime(t time.Time) (uint64, error) {
 	offset, err := s.replica.OffsetAtTime(t)
-	return offset, rpcError(err)
+	return offset, s.part.rpcError(err)
 }
 
 // A payload is preceded in the buffer by its frame's header, which is what the
@@ -72,7 +76,7 @@ func (s *service) ReadBatches(from uint64, buf []byte, dst []rpc.Batch) ([]rpc.B
 	var err error
 	*places, err = s.replica.Read(from, buf, (*places)[:0])
 	if err != nil {
-		return dst, rpcError(err)
+		return dst, s.part.rpcError(err)
 	}
 	for _, b := range *places {
 		dst = append(dst, rpc.Batch{
@@ -87,12 +91,15 @@ func (s *service) ReadBatches(from uint64, buf []byte, dst []rpc.Batch) ([]rpc.B
 }
 
 // rpcError says in the server's terms what the replica said in its own.
-func rpcError(err error) error {
+func (p *part) rpcError(err error) error {
 	if err == nil {
 		return nil
 	}
 	var (
 		notLeader  *replica.NotLeaderError
+		quorum     *replica.QuorumError
+		unknown    *replica.UnknownServerError
+		notVoter   *replica.NotVoterError
 		mismatch   *replica.OffsetMismatchError
 		outOfRange *replica.OffsetOutOfRangeError
 		tooLarge   *replica.TooLargeError
@@ -104,12 +111,21 @@ func rpcError(err error) error {
 		return fmt.Errorf("%w (%w)", rpc.ErrUnknownOutcome, err)
 	case errors.Is(err, replica.ErrNoLeader):
 		return rpc.ErrNoLeader
+	case errors.Is(err, replica.ErrDiskFull):
+		return fmt.Errorf("%w (%w)", rpc.ErrDiskFull, err)
 	case errors.Is(err, replica.ErrOverloaded):
 		return rpc.ErrOverloaded
 	case errors.Is(err, replica.ErrClosed), errors.Is(err, logstore.ErrClosed):
 		return rpc.ErrClosed
 	case errors.As(err, &notLeader):
-		return &rpc.NotLeaderError{LeaderID: notLeader.LeaderID, LeaderAddress: notLeader.LeaderAddress}
+		// Where it is now, not where it was when it joined.
+		return &rpc.NotLeaderError{LeaderID: notLeader.LeaderID, LeaderAddress: p.addressOf(notLeader.LeaderID, notLeader.LeaderAddress)}
+	case errors.As(err, &quorum):
+		return &rpc.QuorumError{Voters: quorum.Voters, Healthy: quorum.Alive}
+	case errors.As(err, &unknown):
+		return &rpc.UnknownServerError{ID: unknown.ID}
+	case errors.As(err, &notVoter):
+		return &rpc.NotVoterError{ID: notVoter.ID}
 	case errors.As(err, &mismatch):
 		return &rpc.OffsetMismatchError{Expected: mismatch.Expected, Next: mismatch.Next}
 	case errors.As(err, &outOfRange):
@@ -123,39 +139,4 @@ func rpcError(err error) error {
 	default:
 		return err
 	}
-}
-
-// cluster answers who is there.
-type cluster struct {
-	replica *replica.Replica
-	self    string // node id
-	name    string
-	address string
-	version string
-}
-
-// Servers implements rpc.Cluster.
-func (c *cluster) Servers(context.Context) (rpc.ServerList, error) {
-	servers, err := c.replica.Servers()
-	if err != nil {
-		return rpc.ServerList{}, err
-	}
-	list := rpc.ServerList{Self: c.self}
-	for _, s := range servers {
-		server := rpc.Server{ID: s.ID, Address: s.Address, Voter: s.Voter, Leader: s.Leader, LastContact: -1}
-		if s.ID == c.self {
-			status := c.replica.Status()
-			first, watermark, _ := c.replica.Bounds()
-			server.Name = c.name
-			// Where it is reached now; Raft knows it as of when it joined.
-			server.Address = c.address
-			server.Term = status.Term
-			server.AppliedIndex = status.Applied
-			server.FirstOffset = first
-			server.HighWatermark = watermark
-			server.Version = c.version
-		}
-		list.Servers = append(list.Servers, server)
-	}
-	return list, nil
 }

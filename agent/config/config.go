@@ -151,7 +151,7 @@ type Disk struct {
 	// MinFree is how much must be free, or records are refused.
 	MinFree int64
 	// StallLimit is how long one write may take. A node whose disk takes longer
-	// gives up its part in the cluster. 0 means Raft's ElectionTimeout.
+	// gives up its part in the cluster.
 	StallLimit time.Duration
 }
 
@@ -225,11 +225,11 @@ func defaults(h host) *Config {
 			CleanupDead:   true,
 		},
 		Log:  Log{SegmentSize: 64 * mib, ScrubInterval: 24 * time.Hour},
-		Disk: Disk{MinFree: 256 * mib},
+		Disk: Disk{MinFree: 256 * mib, StallLimit: 2 * time.Second},
 		Raft: Raft{
-			HeartbeatTimeout:   1500 * time.Millisecond,
-			ElectionTimeout:    1500 * time.Millisecond,
-			LeaderLeaseTimeout: time.Second,
+			HeartbeatTimeout:   time.Second,
+			ElectionTimeout:    time.Second,
+			LeaderLeaseTimeout: 750 * time.Millisecond,
 			CommitTimeout:      5 * time.Millisecond,
 			SnapshotInterval:   5 * time.Second,
 		},

@@ -366,8 +366,8 @@ func TestDevPace(t *testing.T) {
 		want      time.Duration
 	}{
 		{nil, 100 * time.Millisecond},
-		{[]Override{{Key: "cluster.bootstrap_expect", Value: "2"}, {Key: "discovery.peers", Value: "127.0.0.1:1"}}, 1500 * time.Millisecond},
-		{[]Override{{Key: "cluster.bootstrap_expect", Value: "3"}, {Key: "discovery.type", Value: "consul"}}, 1500 * time.Millisecond},
+		{[]Override{{Key: "cluster.bootstrap_expect", Value: "2"}, {Key: "discovery.peers", Value: "127.0.0.1:1"}}, time.Second},
+		{[]Override{{Key: "cluster.bootstrap_expect", Value: "3"}, {Key: "discovery.type", Value: "consul"}}, time.Second},
 		{[]Override{{Key: "cluster.bootstrap_expect", Value: "3"}, {Key: "discovery.type", Value: "consul"},
 			{Key: "raft.leader_lease_timeout", Value: "50ms"}, {Key: "raft.heartbeat_timeout", Value: "100ms"}}, 100 * time.Millisecond},
 	} {
@@ -395,7 +395,7 @@ func TestChanges(t *testing.T) {
 		{"listener.max_streams", "4096", "7", false},
 		{"limits.max_batch", "1088KiB", "3MiB", false},
 		{"log.retention_bytes", "0B", "1MiB", true},
-		{"raft.heartbeat_timeout", "1.5s", "50ms", false},
+		{"raft.heartbeat_timeout", "1s", "50ms", false},
 	}
 	if got := Changes(a, &b); !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %v\nwant %v", got, want)

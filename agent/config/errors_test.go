@@ -76,8 +76,8 @@ func TestBadInput(t *testing.T) {
 		"duration overflow": {"raft {\n commit_timeout = \"99999999999h\"\n}", "2", []string{"is not a duration"}},
 		"duration range":    {"shutdown_timeout = \"1h\"", "1", []string{"from 100ms up to 10m0s"}},
 		"duration infinite": {"shutdown_timeout = \"inf\"", "1", []string{"shutdown_timeout"}},
-		"election":          {"raft {\n election_timeout = \"100ms\"\n}", "2", []string{"raft.heartbeat_timeout (1.5s) must be at most raft.election_timeout (100ms)"}},
-		"lease":             {"raft {\n leader_lease_timeout = \"1501ms\"\n}", "2", []string{"raft.leader_lease_timeout (1.501s) must be at most"}},
+		"election":          {"raft {\n election_timeout = \"100ms\"\n}", "2", []string{"raft.heartbeat_timeout (1s) must be at most raft.election_timeout (100ms)"}},
+		"lease":             {"raft {\n leader_lease_timeout = \"1001ms\"\n}", "2", []string{"raft.leader_lease_timeout (1.001s) must be at most"}},
 		"commit":            {"raft {\n heartbeat_timeout = \"500ms\"\n leader_lease_timeout = \"500ms\"\n commit_timeout = \"600ms\"\n}", "4", []string{"raft.commit_timeout (600ms) must be at most"}},
 
 		"cluster name":       {"cluster {\n name = \"a b\"\n}", "2", []string{"cluster.name", "letters, digits"}},

@@ -91,7 +91,7 @@ var keys = []key{
 	{name: "log.scrub_interval", kind: kindDuration, min: millis(1000), max: int64(365 * 24 * time.Hour), field: func(c *Config) any { return &c.Log.ScrubInterval }},
 
 	{name: "disk.min_free", kind: kindSize, min: 0, max: 1 << 60, field: func(c *Config) any { return &c.Disk.MinFree }},
-	{name: "disk.stall_limit", kind: kindDuration, empty: true, min: millis(20), max: int64(10 * time.Minute), field: func(c *Config) any { return &c.Disk.StallLimit }},
+	{name: "disk.stall_limit", kind: kindDuration, min: millis(20), max: int64(10 * time.Minute), field: func(c *Config) any { return &c.Disk.StallLimit }},
 
 	{name: "raft.heartbeat_timeout", kind: kindDuration, min: millis(20), max: int64(time.Minute), field: func(c *Config) any { return &c.Raft.HeartbeatTimeout }},
 	{name: "raft.election_timeout", kind: kindDuration, min: millis(20), max: int64(time.Minute), field: func(c *Config) any { return &c.Raft.ElectionTimeout }},

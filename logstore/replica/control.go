@@ -146,12 +146,27 @@ func (r *Replica) Tombstones() map[string]Tombstone {
 	return all
 }
 
+// believe notes which cluster this server is told to be in; the first word
+// counts.
+func (r *Replica) believe(clusterID string) {
+	if clusterID != "" && r.belief.CompareAndSwap(nil, &clusterID) {
+		r.founding <- struct{}{}
+	}
+}
+
+func (r *Replica) believed() string {
+	if id := r.belief.Load(); id != nil {
+		return *id
+	}
+	return ""
+}
+
 // mindClusterID sees to it that the group has an id, and tells it on: the first
 // leader commits the one that it was given. It runs until the replica closes.
 func (r *Replica) mindClusterID() {
 	const again = time.Second
-	known := r.cfg.ClusterID
 	for {
+		known := r.believed()
 		changed := r.machine.changes()
 		id := r.ClusterID()
 		if id != "" {
@@ -163,6 +178,8 @@ func (r *Replica) mindClusterID() {
 		if known == "" {
 			select {
 			case <-changed:
+				continue
+			case <-r.founding:
 				continue
 			case <-r.closing:
 				return

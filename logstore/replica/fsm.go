@@ -21,7 +21,7 @@ type fsm struct {
 	applied   *atomic.Uint64 // greatest index applied; never falls
 	start     *atomic.Uint64 // first offset that may be read; never falls
 	// clusterID is what this replica believes; "" if it believes nothing.
-	clusterID string
+	clusterID func() string
 	// broken is told when the state machine cannot go on.
 	broken func(error)
 	// onShown, if set, is told how far state has come, onApplied of the last
@@ -42,7 +42,7 @@ type fsm struct {
 
 // newFSM returns a state machine as it was at an index.
 func newFSM(index uint64, state fsmState, w *watermark, applied, start *atomic.Uint64) *fsm {
-	f := &fsm{watermark: w, applied: applied, start: start, index: index, state: state}
+	f := &fsm{clusterID: func() string { return "" }, watermark: w, applied: applied, start: start, index: index, state: state}
 	f.show(index)
 	return f
 }
@@ -152,7 +152,7 @@ func apply(state *fsmState, l *raft.Log) (news bool, answer, err error) {
 
 // checkCluster ends a replica that is in another cluster than it believes.
 func (f *fsm) checkCluster() {
-	if err := checkClusterID(f.clusterID, f.state.ClusterID); err != nil && !f.dead {
+	if err := checkClusterID(f.clusterID(), f.state.ClusterID); err != nil && !f.dead {
 		f.dead = true
 		f.broken(err)
 	}

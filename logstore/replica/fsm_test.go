@@ -171,7 +171,7 @@ func TestTombstonesAreBounded(t *testing.T) {
 // TestForeignCluster: a replica that learns that it is somewhere else stops.
 func TestForeignCluster(t *testing.T) {
 	f := newTestFSM()
-	f.clusterID = "ours"
+	f.clusterID = func() string { return "ours" }
 	var told error
 	f.broken = func(err error) { told = err }
 	f.Apply(mustControl(t, 1, controlEntry{Kind: kindClusterID, ClusterID: "theirs"}))

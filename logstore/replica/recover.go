@@ -91,7 +91,7 @@ func checkSeam(gen *generation, file string, snap *snapshotFile, state *fsmState
 // that took part before it had the entry may have it later.
 func bootstrap(cfg *Config, files *files, store *logStore) error {
 	if len(cfg.Bootstrap) == 0 {
-		return nil
+		return clearTerm(files, store)
 	}
 	configuration, err := firstConfiguration(cfg)
 	if err != nil {
@@ -114,6 +114,28 @@ func bootstrap(cfg *Config, files *files, store *logStore) error {
 		return fmt.Errorf("bootstrap: %w", err)
 	}
 	return nil
+}
+
+// clearTerm forgets the term of a server that has neither a log nor voted: it
+// has promised nothing with it. Raft would take it for a member of a group, and
+// so it could not found one: a crash within Found leaves it so.
+func clearTerm(files *files, store *logStore) error {
+	last, err := store.LastIndex()
+	if err != nil || last > 0 {
+		return err
+	}
+	if ids, err := files.gen.snapshots.ids(); err != nil || len(ids) > 0 {
+		return err
+	}
+	if _, err := files.stable.Get(keyLastVoteTerm); !errors.Is(err, errKeyNotFound) {
+		return err
+	}
+	if term, err := files.stable.GetUint64(keyCurrentTerm); errors.Is(err, errKeyNotFound) || err == nil && term == 0 {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	return files.stable.SetUint64(keyCurrentTerm, 0)
 }
 
 // firstConfiguration makes Raft's form of the first voters, in the order given:

@@ -34,6 +34,11 @@ type Replica struct {
 	shown    atomic.Uint64
 	progress watermark
 
+	// belief is the cluster that this server was told it is in; founding is
+	// told when that changes.
+	belief   atomic.Pointer[string]
+	founding chan struct{}
+
 	transport  *transport // nil in a group that reaches nobody
 	dog        *watchdog
 	pilot      *pilot
@@ -81,6 +86,7 @@ func Open(cfg Config) (r *Replica, err error) {
 		watermark: &watermark{},
 		applied:   &atomic.Uint64{},
 		start:     &atomic.Uint64{},
+		founding:  make(chan struct{}, 1),
 		opened:    make(chan struct{}),
 		severed:   make(chan struct{}),
 		failed:    make(chan struct{}),
@@ -116,7 +122,8 @@ func Open(cfg Config) (r *Replica, err error) {
 	}
 	r.stable, r.gens = files.stable, newGenerations(files.gen)
 	r.machine = newFSM(found.index, found.state, r.watermark, r.applied, r.start)
-	r.machine.clusterID, r.machine.broken = cfg.ClusterID, r.broken
+	r.believe(cfg.ClusterID)
+	r.machine.clusterID, r.machine.broken = r.believed, r.broken
 	r.machine.onShown, r.machine.onApplied = r.progress.advance, r.shown.Store
 	r.snapshots = r.newSnapshots()
 	r.machine.install = r.snapshots.install
@@ -198,27 +205,34 @@ type Status struct {
 	State    string // Leader, Follower, Candidate or Shutdown
 	Ready    bool   // it leads and takes proposals
 	Term     uint64
-	LeaderID string
 	Applied  uint64
-	Last     uint64
+	Last     uint64 // index of the last entry, LastTerm its term
+	LastTerm uint64
+	// Who leads, as far as is known, and where it was when it joined.
+	LeaderID, LeaderAddress string
 	// LastContact is the time of the last message from the leader; zero where
 	// there is none.
 	LastContact time.Time
-	Log         logstore.Stats
+	// DiskFull: records are refused for want of space.
+	DiskFull bool
+	Log      logstore.Stats
 }
 
 // Status returns one look at the server.
 func (r *Replica) Status() Status {
-	_, leader := r.raft.LeaderWithID()
+	address, leader := r.raft.LeaderWithID()
 	return Status{
-		State:       r.raft.State().String(),
-		Ready:       r.seq.ready.Load() > 0,
-		Term:        r.raft.CurrentTerm(),
-		LeaderID:    string(leader),
-		Applied:     r.applied.Load(),
-		Last:        r.raft.LastIndex(),
-		LastContact: r.raft.LastContact(),
-		Log:         r.gens.Stats(),
+		State:         r.raft.State().String(),
+		Ready:         r.seq.ready.Load() > 0,
+		Term:          r.raft.CurrentTerm(),
+		Applied:       r.applied.Load(),
+		Last:          r.raft.LastIndex(),
+		LastTerm:      r.lastTerm(),
+		LeaderID:      string(leader),
+		LeaderAddress: string(address),
+		LastContact:   r.raft.LastContact(),
+		DiskFull:      r.space.full.Load(),
+		Log:           r.gens.Stats(),
 	}
 }
 

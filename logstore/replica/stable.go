@@ -69,7 +69,8 @@ const (
 
 // Raft's keys. It reads them with these names, so they cannot change.
 var (
-	keyCurrentTerm = []byte("CurrentTerm")
+	keyCurrentTerm  = []byte("CurrentTerm")
+	keyLastVoteTerm = []byte("LastVoteTerm")
 )
 
 // errKeyNotFound has the text by which Raft knows a missing key.

@@ -24,7 +24,6 @@ const stableFile = "d/" + stableName
 
 var (
 	testReplica     = replicaID{1, 2, 3}
-	keyLastVoteTerm = []byte("LastVoteTerm") // as Raft names them
 	keyLastVoteCand = []byte("LastVoteCand")
 )
 

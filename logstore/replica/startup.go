@@ -43,8 +43,8 @@ func (r *Replica) newSnapshots() *snapshotStore {
 		gens:    r.gens,
 		applied: r.applied,
 		clusterID: func() string {
-			if r.cfg.ClusterID != "" {
-				return r.cfg.ClusterID
+			if id := r.believed(); id != "" {
+				return id
 			}
 			return r.ClusterID()
 		},
