@@ -43,6 +43,16 @@
 //	err = l.TruncateSuffix(index)        // the entry with that index goes, too
 //	first, err := l.DeletePrefix(index)  // first may be lower: segments are whole
 //
+// Segments tells what there is to be deleted. Verify reads everything anew, at a
+// rate that the caller sets, and finds damage before a reader does.
+//
+// Export makes a stream of the log as it is, for a node that needs what no other
+// log has any more; Import makes a log of it, whole and durable, or nothing that
+// Open would take for one:
+//
+//	x, err := l.Export(index)                     // through that entry
+//	stats, err := logstore.Import(dir, opts, x)   // on the other node
+//
 // Close records where the log ends, so that opening it again reads next to
 // nothing. Without it, opening reads the last segment.
 //
@@ -50,7 +60,9 @@
 //
 // A write, sync or truncation that fails ends all writing: Failed is closed,
 // Err says why, and the process should stop. After a failed sync nobody but a
-// new look at the disk can tell what it holds.
+// new look at the disk can tell what it holds. A full disk is no failure: an
+// Append that needs space which is not there is ErrFull, has written nothing,
+// and can be tried again.
 //
 // # Files
 //
@@ -68,7 +80,8 @@
 // All methods may be called from any goroutine. One at a time writes; others
 // wait. Readers take no lock but a short one to find an open file, see only what
 // is durable, and are not disturbed by what is appended or deleted meanwhile:
-// each read works on the state that it found.
+// each read works on the state that it found. So does an Export, which may take
+// much longer: the files that it needs stay until it has read them.
 //
 // # What it does not do
 //

@@ -92,8 +92,9 @@ func appendFrame(dst []byte, seed, prevCRC uint32, synced uint64, e *Entry) ([]b
 	le.PutUint64(f[40:], uint64(e.AppendTime))
 	le.PutUint64(f[48:], synced)
 	le.PutUint32(f[56:], e.Count)
-	le.PutUint32(f[60:], headerSum(f, seed))
-	crc := crc32.Update(seed, castagnoli, f[4:])
+	sum := headerSum(f, seed)
+	le.PutUint32(f[60:], sum)
+	crc := frameSum(f, sum)
 	le.PutUint32(f, crc)
 	return dst, crc
 }
@@ -102,6 +103,14 @@ func appendFrame(dst []byte, seed, prevCRC uint32, synced uint64, e *Entry) ([]b
 // to rely on before that many bytes are read, and it lets recovery tell frames
 // from records that imitate them at the cost of a header, not of a payload.
 func headerSum(f []byte, seed uint32) uint32 { return crc32.Update(seed, castagnoli, f[4:60]) }
+
+// frameSum is a frame's checksum: that of its header, gone on with over payload
+// and padding. It leaves out the four bytes of the header's sum itself: a CRC
+// of bytes and their own CRC is the same for all bytes, and the frame's would
+// then say nothing of the header, nor through it of the frames before.
+func frameSum(f []byte, headerSum uint32) uint32 {
+	return crc32.Update(headerSum, castagnoli, f[HeaderSize:])
+}
 
 // checkHeader decodes a header and checks that it is one of this segment's.
 func checkHeader(b []byte, seed uint32) (frameHeader, error) {
@@ -148,7 +157,7 @@ func parseFrame(b []byte, seed uint32) (frameHeader, error) {
 	if h.size() > int64(len(b)) {
 		return h, fmt.Errorf("payload length %d goes past the end", h.length)
 	}
-	if got := crc32.Update(seed, castagnoli, b[4:h.size()]); got != h.crc {
+	if got := frameSum(b[:h.size()], binary.LittleEndian.Uint32(b[60:])); got != h.crc {
 		return h, fmt.Errorf("checksum is %08x, the bytes give %08x", h.crc, got)
 	}
 	return h, nil

@@ -110,6 +110,46 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
+// TestFullDiskKeepsNoHalves: what an append had got when it found that there is
+// not enough is given back, or kept whole for the next one.
+func TestFullDiskKeepsNoHalves(t *testing.T) {
+	fsys := vfstest.New()
+	l := mustOpen(t, smallOptions(fsys))
+	m := model{first: 1}
+	rng := vfstest.Rand(t)
+	payload := func(n int) []Entry {
+		index, term, offset, time := m.next()
+		var entries []Entry
+		for i := range uint64(n) {
+			entries = append(entries, Entry{Index: index + i, Term: term, BaseOffset: offset, AppendTime: time, Payload: make([]byte, MinSegmentSize-segmentHeaderSize-HeaderSize)})
+		}
+		return entries
+	}
+	must(t, l.Append(payload(1))) // it fills the active segment
+	m.append(payload(1))
+	must(t, l.keeper.dropNext())
+	used := fsys.Used()
+	refuse := func(entries []Entry, capacity, want int64) {
+		t.Helper()
+		fsys.SetCapacity(capacity)
+		if err := l.Append(entries); !errors.Is(err, ErrFull) {
+			t.Fatal(err)
+		}
+		if got := fsys.Used(); got != want {
+			t.Fatalf("%d bytes are used, not %d:\n%v", got, want, fsys)
+		}
+	}
+	refuse(payload(1), used+MinSegmentSize/2, used)
+	refuse(payload(3), used+5*MinSegmentSize/2, used+MinSegmentSize)
+	refuse(payload(2), used+MinSegmentSize, used+MinSegmentSize)
+	fsys.SetCapacity(fsys.Used())
+	entries := payload(1)
+	must(t, l.Append(entries))
+	m.append(entries)
+	must(t, checkReads(l, &m, rng))
+	must(t, l.Close())
+}
+
 // TestFullDiskFailsOnlyWhenItMust: no space for bytes that were reserved, and
 // other errors where space is asked for, are failures as ever.
 func TestFullDiskFailsOnlyWhenItMust(t *testing.T) {

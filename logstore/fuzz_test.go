@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
-	"hash/crc32"
 	"math/rand/v2"
 	"runtime"
 	"strings"
@@ -39,7 +38,7 @@ func FuzzFrame(f *testing.F) {
 		if forge && len(b) >= HeaderSize {
 			if size := frameSize(int(binary.LittleEndian.Uint32(b[8:]))); size <= int64(len(b)) {
 				b[12] = frameVersion
-				binary.LittleEndian.PutUint32(b, crc32.Update(seed, castagnoli, b[4:size]))
+				forgeFrame(b[:size], seed)
 			}
 		}
 		h, err := parseFrame(b, seed)
@@ -141,9 +140,38 @@ func forgeChecksums(old, b []byte) {
 		}
 		frame[12] = frameVersion
 		le.PutUint32(frame[4:], prev)
-		prev = crc32.Update(h.seed(), castagnoli, frame[4:size])
-		le.PutUint32(frame, prev)
+		prev = forgeFrame(frame[:size], h.seed())
 		pos += size
+	}
+}
+
+// forgeFrame gives a frame the checksums that fit.
+func forgeFrame(f []byte, seed uint32) uint32 {
+	sum := headerSum(f, seed)
+	binary.LittleEndian.PutUint32(f[60:], sum)
+	crc := frameSum(f, sum)
+	binary.LittleEndian.PutUint32(f, crc)
+	return crc
+}
+
+// TestFrameSumCoversAll: any two frames that differ anywhere have different
+// checksums, so that a chain of them names every byte of all.
+func TestFrameSumCoversAll(t *testing.T) {
+	for _, payload := range [][]byte{nil, []byte("acta")} {
+		f, crc := appendFrame(nil, 7, 8, 9, &Entry{Index: 10, Term: 11, Payload: payload})
+		for bit := 4 * 8; bit < 8*len(f); bit++ {
+			if bit/8 >= 60 && bit/8 < HeaderSize || bit/8 >= 8 && bit/8 < 12 {
+				continue // the header's sum, and the length
+			}
+			f[bit/8] ^= 1 << (bit % 8)
+			if forgeFrame(bytes.Clone(f), 7) == crc {
+				t.Fatalf("bit %d of byte %d changes nothing", bit%8, bit/8)
+			}
+			f[bit/8] ^= 1 << (bit % 8)
+		}
+		if forgeFrame(bytes.Clone(f), 6) == crc {
+			t.Fatal("the seed changes nothing")
+		}
 	}
 }
 

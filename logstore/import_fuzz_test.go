@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
-	"hash/crc32"
 	"runtime"
 	"testing"
 
@@ -118,9 +117,7 @@ func forgeStream(b []byte) {
 			}
 			frames[12] = frameVersion
 			le.PutUint32(frames[4:], prev)
-			le.PutUint32(frames[60:], headerSum(frames, seed))
-			prev = crc32.Update(seed, castagnoli, frames[4:n])
-			le.PutUint32(frames, prev)
+			prev = forgeFrame(frames[:n], seed)
 			frames = frames[n:]
 		}
 		at += size
