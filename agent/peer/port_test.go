@@ -173,7 +173,7 @@ func TestRefusedWhileTalking(t *testing.T) {
 		if got, err := io.ReadAll(c); err != nil || !strings.Contains(string(got), "the other version 2") {
 			t.Errorf("read %q, %v", got, err)
 		}
-		time.Sleep(100 * time.Millisecond)
+		time.Sleep(200 * time.Millisecond)
 		write(t, c, "x")
 		if _, err := c.Write([]byte("x")); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("talks on: %v", err)
