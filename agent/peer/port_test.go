@@ -477,11 +477,11 @@ func TestAcceptFails(t *testing.T) {
 					t.Error(err)
 				}
 			}
-			if log.count("accepts nothing any more") != 1 {
-				t.Error(log.text())
-			}
 			if err := p.Close(); err != nil {
 				t.Error(err)
+			}
+			if log.count("accepts nothing any more") != 1 {
+				t.Error(log.text())
 			}
 		})
 	})
