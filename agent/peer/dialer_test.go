@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/diurnalog/diurna/agent/peer"
@@ -144,6 +145,7 @@ func TestDialStrangers(t *testing.T) {
 					if !errors.As(err, &refused) || refused.Reason != tc.want || !strings.Contains(refused.Text, tc.text) {
 						t.Errorf("%v", err)
 					}
+					synctest.Wait()
 					if k := n.Conns("b", "a"); k != 0 {
 						t.Errorf("%d connections are left", k)
 					}

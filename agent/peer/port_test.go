@@ -173,7 +173,7 @@ func TestRefusedWhileTalking(t *testing.T) {
 		if got, err := io.ReadAll(c); err != nil || !strings.Contains(string(got), "the other version 2") {
 			t.Errorf("read %q, %v", got, err)
 		}
-		time.Sleep(100 * time.Millisecond)
+		time.Sleep(200 * time.Millisecond)
 		write(t, c, "x")
 		if _, err := c.Write([]byte("x")); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("talks on: %v", err)
@@ -477,11 +477,11 @@ func TestAcceptFails(t *testing.T) {
 					t.Error(err)
 				}
 			}
-			if log.count("accepts nothing any more") != 1 {
-				t.Error(log.text())
-			}
 			if err := p.Close(); err != nil {
 				t.Error(err)
+			}
+			if log.count("accepts nothing any more") != 1 {
+				t.Error(log.text())
 			}
 		})
 	})
