@@ -101,7 +101,7 @@ func (a *Agent) start(cfg *config.Config, opts Options) (err error) {
 		FS:                 opts.fs,
 		ID:                 a.data.nodeID,
 		Address:            a.address,
-		Bootstrap:          true,
+		Bootstrap:          []replica.Server{{ID: a.data.nodeID, Address: a.address}},
 		SegmentSize:        cfg.Log.SegmentSize,
 		EntryBytes:         int(max(cfg.Limits.MaxBatch, 1<<20)),
 		InFlightBytes:      cfg.Limits.InFlight,
