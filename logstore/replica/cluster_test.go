@@ -43,7 +43,7 @@ func newCluster(t testing.TB, ids ...string) *cluster {
 }
 
 func (c *cluster) config(id string) Config {
-	const tick = 50 * time.Millisecond
+	const tick = 150 * time.Millisecond
 	cfg := memConfig("data", c.disks[id])
 	cfg.ID, cfg.Address = id, id+":1"
 	cfg.Bootstrap = nil
@@ -154,7 +154,7 @@ func (c *cluster) leader() *Replica {
 func (c *cluster) append(first uint64, n, count int) []acked {
 	c.t.Helper()
 	var all []acked
-	for id := first; id < first+uint64(n); {
+	for id := first; len(all) < n; {
 		p, err := c.leader().Propose(c.t.Context(), batchOf(id, count), true)
 		if err == nil {
 			var ack Ack
@@ -164,7 +164,10 @@ func (c *cluster) append(first uint64, n, count int) []acked {
 				continue
 			}
 		}
-		if !errors.Is(err, ErrNoLeader) {
+		switch other := (*NotLeaderError)(nil); {
+		case errors.Is(err, ErrUnknownOutcome):
+			id++ // it may be there
+		case !errors.Is(err, ErrNoLeader) && !errors.As(err, &other):
 			c.t.Fatal(err)
 		}
 	}
