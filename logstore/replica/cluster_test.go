@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -255,6 +256,33 @@ func TestInstallOverRetention(t *testing.T) {
 		away = "b"
 	}
 	oldGen := c.nodes[away].gens.now.Load()
+	// Readers that do not notice that the log under them is another one.
+	ctx, stop := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	t.Cleanup(func() {
+		stop()
+		wg.Wait()
+	})
+	for range 3 {
+		r := c.nodes[away]
+		wg.Go(func() {
+			next, err := follow(ctx, r, 0)
+			if _, watermark, _ := r.Bounds(); err != nil || next != watermark {
+				t.Errorf("a reader got to %d of %d: %v", next, watermark, err)
+			}
+		})
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				first, watermark, end := r.Bounds()
+				if first > watermark || watermark > end {
+					t.Errorf("bounds %d, %d, %d", first, watermark, end)
+				}
+				if _, _, err := readAll(r); err != nil && !strings.Contains(err.Error(), "is not in") {
+					t.Error(err)
+				}
+			}
+		})
+	}
 	c.isolate(away)
 	all = append(all, c.append(100, 120, 20)...)
 	c.cutFront()
@@ -280,6 +308,8 @@ func TestInstallOverRetention(t *testing.T) {
 			return slices.Equal(generationsOn(c.disks[id]), []string{"gen-2"})
 		})
 	}
+	stop()
+	wg.Wait()
 	if _, _, err := oldGen.log.Entry(oldGen.log.LastIndex(), nil); err == nil {
 		t.Error("the old log is still open")
 	}

@@ -82,6 +82,10 @@ func TestRetention(t *testing.T) {
 						t.Errorf("%s: %v", id, err)
 					}
 				}
+				select {
+				case <-ctx.Done():
+				case <-time.After(5 * time.Millisecond): // the others need the processor, too
+				}
 			}
 		})
 	}
