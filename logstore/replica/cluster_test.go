@@ -44,7 +44,7 @@ func newCluster(t testing.TB, ids ...string) *cluster {
 }
 
 func (c *cluster) config(id string) Config {
-	const tick = 150 * time.Millisecond
+	const tick = 250 * time.Millisecond
 	cfg := memConfig("data", c.disks[id])
 	cfg.ID, cfg.Address = id, id+":1"
 	cfg.Bootstrap = nil
@@ -207,25 +207,48 @@ func (c *cluster) same(a, b string) {
 	}
 }
 
+// led does something on the leader, again where that has changed.
+func (c *cluster) led(f func(l *Replica) error) {
+	c.t.Helper()
+	for {
+		err := f(c.leader())
+		other := (*NotLeaderError)(nil)
+		if err == nil {
+			return
+		}
+		if !errors.As(err, &other) && !errors.Is(err, ErrNoLeader) && !errors.Is(err, ErrUnknownOutcome) &&
+			!errors.Is(err, raft.ErrNotLeader) && !errors.Is(err, raft.ErrLeadershipLost) {
+			c.t.Fatal(err)
+		}
+	}
+}
+
 // cutFront takes the front of the leader's log away, as retention does, so that
 // whoever needs it has to be sent a snapshot.
 func (c *cluster) cutFront() {
 	c.t.Helper()
-	l := c.leader()
-	segments := l.gens.log().Segments()
-	start := segments[len(segments)/2].FirstOffset
-	if err := l.control(c.t.Context(), controlEntry{Kind: kindLogStart, Offset: start}); err != nil {
-		c.t.Fatal(err)
-	}
-	if err := l.raft.Snapshot().Error(); err != nil {
-		c.t.Fatal(err)
-	}
-	if err := l.deleteBeforeStart(); err != nil {
-		c.t.Fatal(err)
-	}
-	if first, _, _ := l.Bounds(); first != start || l.gens.log().FirstIndex() == 1 {
-		c.t.Fatalf("first offset %d, want %d; first index %d", first, start, l.gens.log().FirstIndex())
-	}
+	c.led(func(l *Replica) error {
+		segments := l.gens.log().Segments()
+		start := segments[len(segments)/2].FirstOffset
+		if err := l.control(c.t.Context(), controlEntry{Kind: kindLogStart, Offset: start}); err != nil {
+			return err
+		}
+		if err := errors.Join(l.raft.Snapshot().Error(), l.deleteBeforeStart()); err != nil {
+			return err
+		}
+		if first, _, _ := l.Bounds(); first != start || l.gens.log().FirstIndex() == 1 {
+			return fmt.Errorf("first offset %d, want %d; first index %d", first, start, l.gens.log().FirstIndex())
+		}
+		return nil
+	})
+}
+
+// add adds a server that does not vote.
+func (c *cluster) add(id string) {
+	c.t.Helper()
+	c.led(func(l *Replica) error {
+		return l.raft.AddNonvoter(raft.ServerID(id), raft.ServerAddress(id+":1"), 0, 0).Error()
+	})
 }
 
 func generationsOn(fs *vfstest.Mem) []string {
@@ -288,9 +311,7 @@ func TestInstallOverRetention(t *testing.T) {
 	c.cutFront()
 	c.heal(away)
 	c.start("d")
-	if err := c.leader().raft.AddNonvoter("d", "d:1", 0, 0).Error(); err != nil {
-		t.Fatal(err)
-	}
+	c.add("d")
 	all = append(all, c.append(1000, 20, 20)...)
 	for _, id := range []string{away, "d"} {
 		c.caughtUp(id)

@@ -270,9 +270,7 @@ func TestClusterID(t *testing.T) {
 		eventually(t, "it is known", func() bool { return c.nodes[id].ClusterID() == "x" })
 	}
 	c.start("d")
-	if err := c.leader().raft.AddNonvoter("d", "d:1", 0, 0).Error(); err != nil {
-		t.Fatal(err)
-	}
+	c.add("d")
 	if got := <-learned; got != "d x" {
 		t.Errorf("learned %q", got)
 	}
@@ -292,10 +290,11 @@ func TestClusterID(t *testing.T) {
 	if !errors.As(d.Err(), &foreign) {
 		t.Error(d.Err())
 	}
-	l := c.leader()
-	if err := l.control(t.Context(), controlEntry{Kind: kindTombstone, ID: "d", Time: 7}); err != nil {
-		t.Fatal(err)
-	}
+	var l *Replica
+	c.led(func(leads *Replica) error {
+		l = leads
+		return l.control(t.Context(), controlEntry{Kind: kindTombstone, ID: "d", Time: 7})
+	})
 	if got := l.Tombstones()["d"]; got.Index == 0 || !got.Time.Equal(time.Unix(0, 7)) {
 		t.Errorf("%+v", got)
 	}
