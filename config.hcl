@@ -160,23 +160,24 @@ disk {
   min_free = "256MiB"
 
   # A disk that takes longer than this for one write is taken for dead: the node
-  # ends, so that others go on. Empty means raft.election_timeout.
-  stall_limit = ""
+  # ends, so that others go on. Below three times raft.election_timeout, the
+  # others elect a leader sooner than they would miss a dead one.
+  stall_limit = "2s"
 }
 
 raft {
   # How long a follower waits to hear from the leader before it stands for
-  # election: twice that at most. Shorter means a shorter pause when a leader
+  # election: three times that at most. Shorter means a shorter pause when a leader
   # dies, longer means patience with slow disks and networks. A node that is
   # tried out alone with -dev takes 100ms for these three.
-  heartbeat_timeout = "1500ms"
+  heartbeat_timeout = "1s"
 
   # How long a candidate waits for votes. At least heartbeat_timeout.
-  election_timeout = "1500ms"
+  election_timeout = "1s"
 
   # How long a leader without a quorum stays leader. At most heartbeat_timeout,
   # so that it has stepped down when another stands for election.
-  leader_lease_timeout = "1s"
+  leader_lease_timeout = "750ms"
 
   # How soon an idle leader tells followers what is committed: how late their
   # readers see the last record.

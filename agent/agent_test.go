@@ -432,8 +432,8 @@ func TestStartFails(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := errors.Join(d.Close(), os.MkdirAll(d.log("default"), 0o750), vfs.OS.MkdirAll(filepath.Join(d.log("default"), "log")),
-				os.WriteFile(filepath.Join(d.log("default"), "log", "README"), nil, 0o600)); err != nil {
+			if err := errors.Join(d.Close(), os.MkdirAll(d.log("default"), 0o750),
+				os.WriteFile(filepath.Join(d.log("default"), "README"), nil, 0o600)); err != nil {
 				t.Fatal(err)
 			}
 		}, []string{"README"}},

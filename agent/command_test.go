@@ -133,7 +133,7 @@ func TestSignalsStop(t *testing.T) {
 			if last := lines[len(lines)-1]; last.message() != "stopped" {
 				t.Errorf("the last word is %v", last)
 			}
-			l, err := logstore.Open(filepath.Join(dir, logsDir, "default", "log"), logstore.Options{})
+			l, err := logstore.Open(filepath.Join(dir, logsDir, "default", "gen-1", "log"), logstore.Options{})
 			if err != nil {
 				t.Fatal(err)
 			}

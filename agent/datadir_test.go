@@ -409,7 +409,7 @@ func TestLogDamaged(t *testing.T) {
 		produce(t, c, numbered(fmt.Sprintf("batch %d", i), 20)...)
 	}
 	n.kill(t)
-	segment := filepath.Join(dir, logsDir, "default", "log", "00000000000000000001.log")
+	segment := filepath.Join(dir, logsDir, "default", "gen-1", "log", "00000000000000000001.log")
 	content, err := os.ReadFile(segment)
 	if err != nil {
 		t.Fatal(err)

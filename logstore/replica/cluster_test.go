@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -43,7 +44,7 @@ func newCluster(t testing.TB, ids ...string) *cluster {
 }
 
 func (c *cluster) config(id string) Config {
-	const tick = 50 * time.Millisecond
+	const tick = 250 * time.Millisecond
 	cfg := memConfig("data", c.disks[id])
 	cfg.ID, cfg.Address = id, id+":1"
 	cfg.Bootstrap = nil
@@ -154,7 +155,7 @@ func (c *cluster) leader() *Replica {
 func (c *cluster) append(first uint64, n, count int) []acked {
 	c.t.Helper()
 	var all []acked
-	for id := first; id < first+uint64(n); {
+	for id := first; len(all) < n; {
 		p, err := c.leader().Propose(c.t.Context(), batchOf(id, count), true)
 		if err == nil {
 			var ack Ack
@@ -164,7 +165,10 @@ func (c *cluster) append(first uint64, n, count int) []acked {
 				continue
 			}
 		}
-		if !errors.Is(err, ErrNoLeader) {
+		switch other := (*NotLeaderError)(nil); {
+		case errors.Is(err, ErrUnknownOutcome):
+			id++ // it may be there
+		case !errors.Is(err, ErrNoLeader) && !errors.As(err, &other):
 			c.t.Fatal(err)
 		}
 	}
@@ -203,25 +207,48 @@ func (c *cluster) same(a, b string) {
 	}
 }
 
+// led does something on the leader, again where that has changed.
+func (c *cluster) led(f func(l *Replica) error) {
+	c.t.Helper()
+	for {
+		err := f(c.leader())
+		other := (*NotLeaderError)(nil)
+		if err == nil {
+			return
+		}
+		if !errors.As(err, &other) && !errors.Is(err, ErrNoLeader) && !errors.Is(err, ErrUnknownOutcome) &&
+			!errors.Is(err, raft.ErrNotLeader) && !errors.Is(err, raft.ErrLeadershipLost) {
+			c.t.Fatal(err)
+		}
+	}
+}
+
 // cutFront takes the front of the leader's log away, as retention does, so that
 // whoever needs it has to be sent a snapshot.
 func (c *cluster) cutFront() {
 	c.t.Helper()
-	l := c.leader()
-	segments := l.gens.log().Segments()
-	start := segments[len(segments)/2].FirstOffset
-	if err := l.control(c.t.Context(), controlEntry{Kind: kindLogStart, Offset: start}); err != nil {
-		c.t.Fatal(err)
-	}
-	if err := l.raft.Snapshot().Error(); err != nil {
-		c.t.Fatal(err)
-	}
-	if err := l.deleteBeforeStart(); err != nil {
-		c.t.Fatal(err)
-	}
-	if first, _, _ := l.Bounds(); first != start || l.gens.log().FirstIndex() == 1 {
-		c.t.Fatalf("first offset %d, want %d; first index %d", first, start, l.gens.log().FirstIndex())
-	}
+	c.led(func(l *Replica) error {
+		segments := l.gens.log().Segments()
+		start := segments[len(segments)/2].FirstOffset
+		if err := l.control(c.t.Context(), controlEntry{Kind: kindLogStart, Offset: start}); err != nil {
+			return err
+		}
+		if err := errors.Join(l.raft.Snapshot().Error(), l.deleteBeforeStart()); err != nil {
+			return err
+		}
+		if first, _, _ := l.Bounds(); first != start || l.gens.log().FirstIndex() == 1 {
+			return fmt.Errorf("first offset %d, want %d; first index %d", first, start, l.gens.log().FirstIndex())
+		}
+		return nil
+	})
+}
+
+// add adds a server that does not vote.
+func (c *cluster) add(id string) {
+	c.t.Helper()
+	c.led(func(l *Replica) error {
+		return l.raft.AddNonvoter(raft.ServerID(id), raft.ServerAddress(id+":1"), 0, 0).Error()
+	})
 }
 
 func generationsOn(fs *vfstest.Mem) []string {
@@ -252,14 +279,39 @@ func TestInstallOverRetention(t *testing.T) {
 		away = "b"
 	}
 	oldGen := c.nodes[away].gens.now.Load()
+	// Readers that do not notice that the log under them is another one.
+	ctx, stop := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	t.Cleanup(func() {
+		stop()
+		wg.Wait()
+	})
+	for range 3 {
+		r := c.nodes[away]
+		wg.Go(func() {
+			next, err := follow(ctx, r, 0)
+			if _, watermark, _ := r.Bounds(); err != nil || next != watermark {
+				t.Errorf("a reader got to %d of %d: %v", next, watermark, err)
+			}
+		})
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				first, watermark, end := r.Bounds()
+				if first > watermark || watermark > end {
+					t.Errorf("bounds %d, %d, %d", first, watermark, end)
+				}
+				if _, _, err := readAll(r); err != nil && !strings.Contains(err.Error(), "is not in") {
+					t.Error(err)
+				}
+			}
+		})
+	}
 	c.isolate(away)
 	all = append(all, c.append(100, 120, 20)...)
 	c.cutFront()
 	c.heal(away)
 	c.start("d")
-	if err := c.leader().raft.AddNonvoter("d", "d:1", 0, 0).Error(); err != nil {
-		t.Fatal(err)
-	}
+	c.add("d")
 	all = append(all, c.append(1000, 20, 20)...)
 	for _, id := range []string{away, "d"} {
 		c.caughtUp(id)
@@ -277,6 +329,8 @@ func TestInstallOverRetention(t *testing.T) {
 			return slices.Equal(generationsOn(c.disks[id]), []string{"gen-2"})
 		})
 	}
+	stop()
+	wg.Wait()
 	if _, _, err := oldGen.log.Entry(oldGen.log.LastIndex(), nil); err == nil {
 		t.Error("the old log is still open")
 	}

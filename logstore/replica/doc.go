@@ -2,7 +2,8 @@
 // log is the segment log itself.
 //
 //	r, err := replica.Open(replica.Config{
-//		Dir: "data/log/default", ID: id, Address: addr, Transport: transport, Bootstrap: true,
+//		Dir: "data/logs/default", ID: id, Address: addr, Transport: transport,
+//		Bootstrap: []replica.Server{{ID: id, Address: addr}},
 //	})
 //	err = r.WaitReady(ctx) // this server leads and takes proposals
 //	pending, err := r.Propose(ctx, replica.Proposal{Records: payload, Count: 3}, true)
@@ -24,11 +25,26 @@
 // bytes. A snapshot is a few numbers, so that a restart applies only what came
 // after it.
 //
+// Control entries have no records. They change the state machine's small state:
+// the cluster's id, the log's start, the servers that were removed.
+//
 // # Files
 //
-//	log/        the segment log, see package logstore
-//	snapshots/  the state machine's numbers, the two newest
-//	raft.db     term and vote, one record with a checksum
+//	CURRENT          names the generation that counts
+//	vote             term and vote, twice, with checksums
+//	gen-1/log        the segment log, see package logstore
+//	gen-1/snapshots  the state machine's numbers, the two newest
+//
+// docs/FORMAT.md has them byte by byte. A snapshot that a leader sends is a
+// stream of such numbers and of the log; the receiver makes the next generation
+// of it, and one rename of CURRENT switches both.
+//
+// # When it ends
+//
+// Failed is closed when the replica cannot take part any more, and Err says what
+// to do: ErrDamaged (come back with nothing, as another server), ErrRestart (open
+// it again), a *ForeignClusterError or *VersionError (ask a person), and anything
+// else, which is the disk: end the process.
 //
 // # What it stands on
 //

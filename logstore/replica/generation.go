@@ -101,6 +101,11 @@ func openFiles(cfg *Config, failed func(error)) (f *files, err error) {
 		if slices.ContainsFunc(names, isGeneration) {
 			return nil, &CorruptError{filepath.Join(cfg.Dir, currentName), "it is missing, and so are term and vote, but there is a log"}
 		}
+		for _, name := range names {
+			if !strings.HasSuffix(name, vfs.TempSuffix) {
+				return nil, fmt.Errorf("%s is neither a replica's directory nor empty: it holds %s", cfg.Dir, name)
+			}
+		}
 		var id replicaID
 		rand.Read(id[:]) // never fails
 		if err := createStable(cfg.FS, cfg.Dir, id); err != nil {

@@ -120,6 +120,9 @@ func Open(cfg Config) (r *Replica, err error) {
 	if err := removeLeftovers(cfg.FS, cfg.Dir, files.gen.number); err != nil {
 		return nil, err
 	}
+	if err := files.stable.repair(); err != nil {
+		return nil, err
+	}
 	r.stable, r.gens = files.stable, newGenerations(files.gen)
 	r.machine = newFSM(found.index, found.state, r.watermark, r.applied, r.start)
 	r.believe(cfg.ClusterID)

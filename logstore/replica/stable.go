@@ -25,9 +25,9 @@ import (
 //     every change is written to both, one after the other and each synced,
 //     before Set returns. So of two good slots the second is never the newer
 //     one, and when either rots the other says the same.
-//   - Opening the file writes the slot that counts over the other one where
-//     they differ, before anything is answered from it: what a crash left half
-//     done is done before a flipped bit can make the older slot count.
+//   - Before it is used, the slot that counts is written over the other one where
+//     they differ, see repair: what a crash left half done is done before a
+//     flipped bit can make the older slot count.
 //   - Slots that no crash can have left are damage: a second slot that is newer
 //     than the first, or numbers that are further apart than one change.
 //   - All keys are in one slot, so that one that is not in it was never set.
@@ -42,6 +42,7 @@ type stableStore struct {
 	id   replicaID
 	// failed is told of writes that failed: Raft would go on after some.
 	failed func(error)
+	stale  int // number of the slot that does not say what the other does; -1 if both do
 
 	mu     sync.Mutex
 	seq    uint64
@@ -144,7 +145,7 @@ func createStable(fsys vfs.FS, dir string, id replicaID) error {
 	return vfs.WriteFile(fsys, filepath.Join(dir, stableName), slices.Concat(slot, slot))
 }
 
-// openStable opens the file in a replica's directory.
+// openStable opens the file in a replica's directory, and changes nothing.
 func openStable(fsys vfs.FS, dir string, failed func(error)) (s *stableStore, err error) {
 	s = &stableStore{file: filepath.Join(dir, stableName), failed: failed}
 	f, err := fsys.OpenReadWrite(s.file)
@@ -173,13 +174,25 @@ func openStable(fsys vfs.FS, dir string, failed func(error)) (s *stableStore, er
 	if err != nil {
 		return nil, err
 	}
-	s.id, s.seq, s.values = counts.id, counts.seq, counts.values
-	if stale >= 0 {
-		if err := s.writeSlot(stale, b[(1-stale)*stableSlot:][:stableSlot]); err != nil {
-			return nil, fmt.Errorf("write %s: %w", s.file, err)
-		}
-	}
+	s.id, s.seq, s.values, s.stale = counts.id, counts.seq, counts.values, stale
 	return s, nil
+}
+
+// repair makes both slots the same. It must come before the first use of what
+// was read.
+func (s *stableStore) repair() error {
+	if s.stale < 0 {
+		return nil
+	}
+	slot, err := (&stableState{id: s.id, seq: s.seq, values: s.values}).encode()
+	if err == nil {
+		err = s.writeSlot(s.stale, slot)
+	}
+	if err != nil {
+		return fmt.Errorf("write %s: %w", s.file, err)
+	}
+	s.stale = -1
+	return nil
 }
 
 // chooseSlot returns what counts, and the number of the slot that does not say

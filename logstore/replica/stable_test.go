@@ -43,6 +43,9 @@ func mustOpenStable(t testing.TB, fs vfs.FS) *stableStore {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := s.repair(); err != nil {
+		t.Fatal(err)
+	}
 	return s
 }
 
@@ -73,7 +76,7 @@ func reopenVote(fs vfs.FS, dir string) (vote, error) {
 		return vote{}, err
 	}
 	v, err := readVote(s)
-	return v, errors.Join(err, s.Close())
+	return v, errors.Join(err, s.repair(), s.Close())
 }
 
 func TestStableKeepsValues(t *testing.T) {
@@ -422,6 +425,7 @@ func TestStableCrash(t *testing.T) {
 					return nil
 				})
 				if s, err := openStable(clone, "d", nil); err == nil {
+					_ = s.repair()
 					s.Close()
 				}
 				clone = clone.CrashClone(rng, survive)

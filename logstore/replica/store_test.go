@@ -352,3 +352,72 @@ func TestMembershipUnderLoad(t *testing.T) {
 		t.Errorf("term %d after %d batches, was %d", r.raft.CurrentTerm(), n, term)
 	}
 }
+
+// TestStoreFull: without space nothing is written and nothing is wrong, but
+// where Raft has just cut something off that it goes on to believe in.
+func TestStoreFull(t *testing.T) {
+	s := newTestStore(t)
+	large := strings.Repeat("x", 3000)
+	for i := range uint64(10) {
+		if err := s.StoreLog(command(i+1, 1, i, 1, 1, large)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s.rolls == 0 {
+		t.Error("nobody was told of new segments")
+	}
+	fill := func() (stored int, err error) {
+		for i := s.gens.log().LastIndex(); err == nil; i++ {
+			err = s.StoreLogs([]*raft.Log{command(i+1, 2, i, 1, 1, large)})
+			stored++
+		}
+		return stored, err
+	}
+	s.fs.SetCapacity(s.fs.Used())
+	if _, err := fill(); !errors.Is(err, logstore.ErrFull) || s.fatal != nil {
+		t.Fatalf("%v, fatal %v", err, s.fatal)
+	}
+	s.fs.SetCapacity(-1)
+	last := s.gens.log().LastIndex()
+	if err := s.StoreLog(command(last+1, 2, last, 1, 1, large)); err != nil {
+		t.Fatal(err)
+	}
+	// One cut and its replacement.
+	s.fs.SetCapacity(s.fs.Used())
+	if err := s.DeleteRange(last+1, last+1); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fill(); !errors.Is(err, logstore.ErrFull) {
+		t.Fatal(err)
+	}
+	if len(s.fatal) > 0 {
+		t.Errorf("after a cut whose replacement was stored: fatal %v", s.fatal)
+	}
+	last = s.gens.log().LastIndex()
+	if err := s.DeleteRange(last, last); err != nil {
+		t.Fatal(err)
+	}
+	several := []*raft.Log{command(last, 3, last-1, 1, 1, large), command(last+1, 3, last, 1, 1, large), command(last+2, 3, last+1, 1, 1, large)}
+	if err := s.StoreLogs(several); !errors.Is(err, logstore.ErrFull) || len(s.fatal) != 1 || !errors.Is(s.fatal[0], ErrRestart) {
+		t.Errorf("after a cut: %v, fatal %v", err, s.fatal)
+	}
+}
+
+// TestStoreDown: nothing is stored once the replica is broken.
+func TestStoreDown(t *testing.T) {
+	s := newTestStore(t)
+	if err := s.StoreLog(command(1, 1, 0, 1, 1, "a")); err != nil {
+		t.Fatal(err)
+	}
+	s.err = errors.New("down")
+	before := s.fs.Snapshot()
+	if err := s.StoreLog(command(2, 1, 1, 1, 1, "b")); err != s.err {
+		t.Error(err)
+	}
+	if err := s.DeleteRange(1, 1); err != s.err {
+		t.Error(err)
+	}
+	if !reflect.DeepEqual(before, s.fs.Snapshot()) {
+		t.Error("something was written")
+	}
+}
