@@ -152,11 +152,10 @@ func TestFollowerDisk(t *testing.T) {
 // disk hang.
 func TestPausedProcess(t *testing.T) {
 	w := newWatchdog(time.Second, func(string) {})
-	release, returned := make(chan struct{}), make(chan struct{})
+	release, returned := make(chan struct{}), make(chan error)
 	begun := make(chan struct{})
 	go func() {
-		defer close(returned)
-		_ = w.do("x", func() error { close(begun); <-release; return nil })
+		returned <- w.do("x", func() error { close(begun); <-release; return nil })
 	}()
 	<-begun
 	for tick := range watchdogTicks {
@@ -172,7 +171,9 @@ func TestPausedProcess(t *testing.T) {
 	}
 	w.dead.Store(true)
 	close(release)
-	<-returned
+	if err := <-returned; err != errSevered {
+		t.Errorf("too late: %v", err)
+	}
 	if err := w.do("y", func() error { return nil }); err != errSevered {
 		t.Errorf("afterwards: %v", err)
 	}
