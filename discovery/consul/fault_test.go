@@ -169,16 +169,21 @@ func TestAnnounceMany(t *testing.T) {
 	d, _ := fakeHandle(t, f, func(c *Config) { c.Timing.RetryStep = 20 * time.Millisecond })
 	run(t, d)
 	reg := fixed("one")
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
 	for term := range uint64(100_000) {
 		reg.Term = term
 		d.Announce(reg)
+		if term%200 == 0 { // many at once, and again and again: half a second
+			<-tick.C
+		}
 	}
 	eventually(t, "the last one counts", func() bool {
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		return f.held["diurna-one"] != nil && f.held["diurna-one"].Meta["raft_term"] == "99999"
 	})
-	if n := f.registers.Load(); n > 100 {
+	if n := f.registers.Load(); n < 2 || n > 80 {
 		t.Errorf("%d registrations", n)
 	}
 }
