@@ -120,7 +120,7 @@ func TestSignalsStop(t *testing.T) {
 			dir := t.TempDir()
 			n := startNode(t, dir)
 			produce(t, dial(t, n.addr), numbered("x", 100)...)
-			follow := startDiurna(t, "consume", "-addr", n.addr, "-follow")
+			follow := startDiurna(t, "consume", "-addr", n.addr, "-follow", "-retry", "0")
 			follow.stdout.mustAwait(t, "x-99\n")
 			n.signal(t, signal)
 			if code := n.wait(t); code != exitOK {

@@ -253,7 +253,8 @@ func (n *node) kill(t testing.TB) {
 
 func dial(t testing.TB, addr string) *client.Client {
 	t.Helper()
-	c, err := client.Dial(addr)
+	// What one node says is what these tests are about.
+	c, err := client.Dial(addr, client.WithRetry(0))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -205,42 +205,85 @@ func BenchmarkProduceStream(b *testing.B) {
 	for _, size := range []int{100, 1 << 10, 64 << 10} {
 		b.Run(fmt.Sprintf("batch=%dB", size), func(b *testing.B) {
 			f := serve(b, Config{Log: &sink{newMemLog()}}, true)
-			stream, err := f.client.ProduceStream(context.Background())
+			b.ReportAllocs()
+			push(b, f, size)
+		})
+	}
+}
+
+// BenchmarkForwardStream appends through a node that does not lead, and says
+// how fast that is beside the same to the leader.
+func BenchmarkForwardStream(b *testing.B) {
+	for _, size := range []int{100, 1 << 10, 64 << 10} {
+		b.Run(fmt.Sprintf("batch=%dB", size), func(b *testing.B) {
+			leader := serve(b, Config{Log: &sink{newMemLog()}, Peer: &member{}}, true)
+			forward, err := NewForwarder(ForwarderConfig{Dial: func(ctx context.Context, _ string) (net.Conn, error) { return leader.dial(ctx) }})
 			if err != nil {
 				b.Fatal(err)
 			}
-			req := &v1.ProduceRequest{Records: []*v1.Record{record(0, size)}}
-			done := make(chan error, 1)
-			b.SetBytes(int64(proto.Size(req)))
-			b.ReportAllocs()
-			b.ResetTimer()
-			go func() {
-				for {
-					if _, err := stream.Recv(); err != nil {
-						done <- err
-						return
-					}
-				}
-			}()
-			for range b.N {
-				if err := stream.Send(req); err != nil {
-					b.Fatal(err)
-				}
-			}
-			if err := stream.CloseSend(); err != nil {
+			follower := serve(b, Config{Log: follows{newMemLog()}, Peer: &member{}, Forward: forward}, true)
+			direct := push(b, leader, size)
+			forwarded := push(b, follower, size)
+			b.ReportMetric(float64(direct)/float64(forwarded), "ratio")
+			if err := follower.svc.Shutdown(context.Background()); err != nil {
 				b.Fatal(err)
 			}
-			if err := <-done; !errors.Is(err, io.EOF) {
+			if err := forward.Close(context.Background()); err != nil {
 				b.Fatal(err)
 			}
 		})
 	}
 }
 
+// follows is a log of which another node leads.
+type follows struct{ *memLog }
+
+func (follows) Propose(context.Context, Proposal, bool) (Pending, error) {
+	return nil, &NotLeaderError{LeaderID: "a", LeaderAddress: "a:1"}
+}
+
+// push sends b.N batches over one stream and returns how long that took.
+func push(b *testing.B, f *fixture, size int) time.Duration {
+	b.Helper()
+	stream, err := f.client.ProduceStream(context.Background())
+	if err != nil {
+		b.Fatal(err)
+	}
+	req := &v1.ProduceRequest{Records: []*v1.Record{record(0, size)}}
+	done := make(chan error, 1)
+	b.SetBytes(int64(proto.Size(req)))
+	b.ResetTimer()
+	start := time.Now()
+	go func() {
+		for {
+			if _, err := stream.Recv(); err != nil {
+				done <- err
+				return
+			}
+		}
+	}()
+	for range b.N {
+		if err := stream.Send(req); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := stream.CloseSend(); err != nil {
+		b.Fatal(err)
+	}
+	if err := <-done; !errors.Is(err, io.EOF) {
+		b.Fatal(err)
+	}
+	return time.Since(start)
+}
+
 // sink acknowledges and forgets.
 type sink struct{ *memLog }
 
-var sunk = func() *memPending { p := &memPending{done: make(chan struct{})}; close(p.done); return p }()
+var sunk = func() *memPending {
+	p := &memPending{done: make(chan struct{}), ack: Ack{NextOffset: 1}}
+	close(p.done)
+	return p
+}()
 
 func (*sink) Propose(context.Context, Proposal, bool) (Pending, error) { return sunk, nil }
 

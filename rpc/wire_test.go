@@ -192,6 +192,7 @@ func FuzzProduceRequest(f *testing.F) {
 		}
 	}
 	f.Add(join(field(1, []byte("a")), encode(f, record(0, 3)), varintField(2, 5), encode(f, record(1, 200), &v1.Record{})))
+	f.Add(append(appendProposeHead(nil, 7, ptr(uint64(9)), "c1"), encode(f, record(0, 3))...))
 	lim := testLimits(f)
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		before := bytes.Clone(raw)
@@ -223,6 +224,11 @@ func FuzzProduceRequest(f *testing.F) {
 		if got.log != want.Log || int(got.count) != len(want.Records) || (got.expected == nil) != (want.ExpectedOffset == nil) ||
 			got.expected != nil && *got.expected != *want.ExpectedOffset {
 			t.Fatalf("got %q %v %d, proto %q %v %d", got.log, got.expected, got.count, want.Log, want.ExpectedOffset, len(want.Records))
+		}
+		// The same as what another node sends.
+		var proposed v1.ProposeRequest
+		if proto.Unmarshal(raw, &proposed) == nil && (got.sequence != proposed.Sequence || got.cluster != proposed.ClusterId) {
+			t.Fatalf("got %d %q, proto %d %q", got.sequence, got.cluster, proposed.Sequence, proposed.ClusterId)
 		}
 		var stored v1.RecordBatch
 		if err := proto.Unmarshal(got.records, &stored); err != nil {

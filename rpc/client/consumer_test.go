@@ -337,6 +337,15 @@ func FuzzWalker(f *testing.F) {
 		if err != nil || proto.Unmarshal(message, &resp) != nil {
 			return
 		}
+		// Where to resume, of a message as a server writes it.
+		canonical, merr := proto.Marshal(&resp)
+		if merr != nil {
+			t.Fatal(merr)
+		}
+		p, perr := placeOf(canonical)
+		if perr != nil || p.next != resp.NextOffset || p.batches != (len(resp.Batches) > 0) || p.batches && p.base != resp.Batches[0].BaseOffset {
+			t.Fatalf("place %+v, %v of %v", p, perr, &resp)
+		}
 		i := 0
 		for _, b := range resp.Batches {
 			for j, want := range b.Records {

@@ -18,13 +18,13 @@
 //	}
 //	outcome, err := p.Close(ctx)
 //
-// Nothing is ever sent twice. A record that was sent and not acknowledged may
-// be in the log or not, and sending it again could append it a second time, so
-// this package never does: the [Outcome] counts what is acknowledged, what is
-// definitely not appended and what is unknown, and an [Error] says in its
-// Definite field which of the latter two it stands for. (gRPC itself re-sends
-// a call on a new connection only where the old one proves that no server has
-// seen it.)
+// Nothing is ever appended twice. A record that was sent and not acknowledged
+// may be in the log or not, so this package sends again only what was definitely
+// not appended, for as long as [WithRetry] allows: the [Outcome] counts what is
+// acknowledged, what is definitely not appended and what is unknown, and an
+// [Error] says in its Definite field which of the latter two it stands for.
+// (gRPC itself re-sends a call on a new connection only where the old one proves
+// that no server has seen it.)
 //
 // # Reading
 //
@@ -38,9 +38,16 @@
 //	}
 //	if err := r.Err(); err != nil { ... }
 //
+// One that follows outlives a node: it resumes at the next offset with another.
+//
+// # Several nodes
+//
+// [Dial] takes several addresses. One is used until it cannot be reached, is
+// stopping or knows no leader, then the next one is. [Client.ListPeers] and its
+// neighbours are for operators.
+//
 // # What it does not do yet
 //
-// It speaks to one address and neither balances nor follows the leader: a node
-// that does not lead forwards. It does not reconnect a broken Producer or
-// Consumer; [Consumer.NextOffset] says where to go on.
+// It uses the addresses that it was given and finds no others, and does not
+// prefer the leader: a node that does not lead forwards.
 package client
