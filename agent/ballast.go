@@ -8,4 +8,4 @@ package agent
 // back it with memory; and it holds no pointers, so nobody looks into it.
 var ballast []byte
 
-const ballastBytes = 32 << 20
+const ballastBytes = 16 << 20

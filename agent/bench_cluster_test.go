@@ -25,6 +25,8 @@ import (
 const (
 	rowUnary64 = iota
 	rowUnary256
+	rowSeparate64
+	rowSeparate256
 	rowStream
 	rowConsume
 	rowCount
@@ -33,6 +35,8 @@ const (
 var rowNames = [rowCount]string{
 	"append one at a time, 64 callers",
 	"append one at a time, 256 callers",
+	"same, 64 callers, a gRPC call each",
+	"same, 256 callers, a gRPC call each",
 	"append pipelined, in batches",
 	"read from the start, one reader",
 }
@@ -65,6 +69,11 @@ type runner func(b testing.TB, row, records int) figure
 // same of NATS JetStream, all synced on a quorum before it is acknowledged, and
 // with what JetStream does by default, which is to sync every two minutes.
 // `make bench-cluster` builds the rival and runs it.
+//
+// Our 64 and 256 callers share a client, which has those that wait travel
+// together, as the library does for everybody; two more rows show the same with
+// a gRPC call for each record, as a program in another language would make them.
+// JetStream's publishers have a connection each.
 //
 // The contenders run one after the other, each alone, and that several times
 // over; the table shows each figure's median. DIURNA_BENCH_ROUNDS,
@@ -248,6 +257,10 @@ func startCluster(t testing.TB, n int) []*node {
 func startOurs(b testing.TB, n int) (runner, func()) {
 	nodes := startCluster(b, n)
 	leader, follower := dial(b, nodes[0].addr), dial(b, nodes[n-1].addr)
+	separate, err := client.Dial(nodes[0].addr, client.WithSeparateCalls())
+	if err != nil {
+		b.Fatal(err)
+	}
 	run := func(b testing.TB, row, records int) figure {
 		before := processorTime(b, nodes...) + ownTime(b)
 		var f figure
@@ -256,6 +269,10 @@ func startOurs(b testing.TB, n int) (runner, func()) {
 			f = appendUnary(b, leader, 64, records)
 		case rowUnary256:
 			f = appendUnary(b, leader, 256, records)
+		case rowSeparate64:
+			f = appendUnary(b, separate, 64, records)
+		case rowSeparate256:
+			f = appendUnary(b, separate, 256, records)
 		case rowStream:
 			f = appendStream(b, leader, records)
 		case rowConsume:
@@ -265,6 +282,9 @@ func startOurs(b testing.TB, n int) (runner, func()) {
 		return f
 	}
 	return run, func() {
+		if err := separate.Close(); err != nil {
+			b.Error(err)
+		}
 		for _, node := range nodes {
 			node.signal(b, syscall.SIGTERM)
 		}
@@ -284,7 +304,7 @@ func newFigure(records int, elapsed time.Duration, latencies []time.Duration) fi
 }
 
 // appendUnary has callers append one record at a time, each waiting for its
-// acknowledgement. They share a client.
+// acknowledgement.
 func appendUnary(b testing.TB, c *client.Client, callers, records int) figure {
 	b.Helper()
 	batch := []*client.Record{{Value: make([]byte, 1<<10)}}

@@ -32,9 +32,9 @@ func startNATS(tools, syncInterval string) func(testing.TB, int) (runner, func()
 			var f figure
 			var own time.Duration
 			switch row {
-			case rowUnary64:
+			case rowUnary64, rowSeparate64:
 				f, own = cli.bench(b, records, "pub", "sync", natsStream, "--clients=64")
-			case rowUnary256:
+			case rowUnary256, rowSeparate256:
 				f, own = cli.bench(b, records, "pub", "sync", natsStream, "--clients=256")
 			case rowStream:
 				f, own = cli.bench(b, records, "pub", "async", natsStream, "--clients=4", "--batch=500")
