@@ -73,6 +73,10 @@ fuzz: ## Run every fuzz target for FUZZTIME (60s) each
 bench: ## Run the benchmarks (BENCH=regexp, BENCHTIME=1s)
 	$(GO) test -run '^$$' -bench '$(BENCH)' -benchmem -benchtime $(BENCHTIME) $(PKG)
 
+.PHONY: bench-cluster
+bench-cluster: nats ## Compare three nodes with three of NATS JetStream (DIURNA_BENCH_ROUNDS=3, DIURNA_BENCH_JSON=file)
+	DIURNA_NATS='$(BIN)' $(GO) test -run '^$$' -bench '^BenchmarkCluster$$' -benchtime 1x -timeout 60m -v ./agent
+
 .PHONY: vet
 vet:
 	$(GO) vet $(PKG)
@@ -114,6 +118,19 @@ $(TOOLS)/protoc-gen-go-grpc-$(PROTOC_GEN_GO_GRPC_VERSION):
 .PHONY: consul
 consul: ## Have a consul for tests: the one on the PATH, or one built into .tools
 	@path=$$(GO='$(GO)' scripts/consul.sh) && echo "consul: $$path"
+
+# What bench-cluster compares with; scripts/nats names the versions.
+NATS_STAMP := $(TOOLS)/nats-$(shell awk '$$1 ~ /nats-server|natscli/ { printf "%s", $$2 }' scripts/nats/go.mod)
+
+.PHONY: nats
+nats: $(NATS_STAMP)
+$(NATS_STAMP):
+	@echo "==> building nats-server and nats"
+	@mkdir -p $(BIN)
+	@cd scripts/nats && GOFLAGS= GOWORK=off CGO_ENABLED=0 $(GO) build -mod=readonly -buildvcs=false -o $(BIN)/ \
+		github.com/nats-io/nats-server/v2 github.com/nats-io/natscli/nats
+	@rm -f $(TOOLS)/nats-v*
+	@touch $@
 
 define install
 @echo "==> building $(2)"

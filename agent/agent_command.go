@@ -104,6 +104,7 @@ func (c *agentCommand) Run(args []string) int {
 	if !ok {
 		return exitUsage
 	}
+	ballast = make([]byte, ballastBytes)
 	logger := newLogger(cfg, c.stderr)
 	// Before anything that a signal would have to end cleanly.
 	signals, unsubscribe := c.signals()

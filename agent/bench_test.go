@@ -31,16 +31,7 @@ import (
 // anonymous is the process's memory that no file backs: heap and stacks.
 func (n *node) anonymous(b *testing.B) int64 {
 	b.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", n.Process.Pid))
-	if err != nil {
-		b.Fatal(err)
-	}
-	_, rest, _ := strings.Cut(string(status), "RssAnon:")
-	kib, err := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
-	if err != nil {
-		b.Fatal(err)
-	}
-	return kib << 10
+	return memory(b, n, "RssAnon")
 }
 
 // benchNode runs the program until the benchmark ends.

@@ -63,8 +63,14 @@ func TestLimits(t *testing.T) {
 		{"negative", Limits{OpenCalls: -1}, false},
 		{"negative timeout", Limits{HandshakeTimeout: -1}, false},
 	} {
-		if _, err := New(Config{Log: newMemLog(), Cluster: memCluster{}, Limits: c.in}); (err == nil) != c.ok {
+		svc, err := New(Config{Log: newMemLog(), Cluster: memCluster{}, Limits: c.in})
+		if (err == nil) != c.ok {
 			t.Errorf("%s: %v", c.name, err)
+		}
+		if err == nil {
+			if err := svc.Shutdown(t.Context()); err != nil {
+				t.Errorf("%s: %v", c.name, err)
+			}
 		}
 	}
 	if _, err := New(Config{Log: newMemLog()}); err == nil {

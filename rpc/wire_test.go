@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"math"
 	"slices"
@@ -280,6 +281,11 @@ func FuzzConsumeRequest(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
+	f.Cleanup(func() {
+		if err := svc.Shutdown(context.Background()); err != nil {
+			f.Error(err)
+		}
+	})
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		req, _, err := svc.consumeRequest(t.Context(), &rawRequest{data: raw})
 		if err != nil {

@@ -57,7 +57,11 @@ const proposalOverhead = 512
 //
 // Proposals that wait at the same time become one entry, up to entryBytes, and
 // a few entries are in flight at once, so that the next group is sequenced and
-// written while the previous one is synced and replicated.
+// written while the previous one is synced and replicated. What an entry costs,
+// in syncs, messages and wake-ups on every server, hardly depends on its size;
+// so the next one does not start before it is as large as all that are in
+// flight together. Few callers get an entry each, many get large ones, and
+// nobody waits longer than for what is in flight.
 type sequencer struct {
 	raft raftNode
 	log  logEnd
@@ -68,11 +72,13 @@ type sequencer struct {
 	entryBytes int
 	room       *semaphore.Weighted // bytes of all proposals not yet answered
 
-	mu      sync.Mutex
-	queue   []*Pending
-	open    bool // proposals are taken: this node leads
-	closing bool
-	wake    chan struct{} // one token: queue, resync or closing changed
+	mu       sync.Mutex
+	queue    []*Pending
+	queued   int64 // size of queue
+	inFlight int64 // size of what has left queue and has no answer
+	open     bool  // proposals are taken: this node leads
+	closing  bool
+	wake     chan struct{} // one token: due, resync or closing changed
 
 	slots  chan struct{} // one for each entry in flight
 	groups chan *group   // in the order of their offsets
@@ -118,6 +124,7 @@ var errAbandoned = errors.New("raft gave no answer before it stopped")
 // group is the proposals that share an entry.
 type group struct {
 	term    uint64
+	size    int64            // of all its proposals
 	future  raft.ApplyFuture // nil if all of them failed their conditions
 	members []*Pending
 	refused []*Pending // by their condition; err is set
@@ -181,8 +188,26 @@ func (s *sequencer) enqueue(p *Pending) error {
 		return s.leaderHint()
 	}
 	s.queue = append(s.queue, p)
-	s.poke()
+	s.queued += p.size
+	if s.due() {
+		s.poke()
+	}
 	return nil
+}
+
+// due tells whether what waits is worth an entry now. To be called with mu held.
+func (s *sequencer) due() bool {
+	return s.queued > 0 && (s.queued >= s.inFlight || s.queued >= int64(s.entryBytes) || s.closing)
+}
+
+// landed notes that a group has been answered.
+func (s *sequencer) landed(g *group) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.inFlight -= g.size
+	if s.due() {
+		s.poke()
+	}
 }
 
 func (s *sequencer) poke() {
@@ -325,14 +350,17 @@ func (s *sequencer) serve(leader <-chan bool, term uint64) (closed bool) {
 		case <-leader:
 			return false
 		}
-		var batch []*Pending
+		var (
+			batch []*Pending
+			size  int64
+		)
 		for {
 			if s.resync.Load() || s.lost(leader) {
 				<-s.slots
 				return false
 			}
 			var closing bool
-			if batch, closing = s.take(); len(batch) > 0 {
+			if batch, size, closing = s.take(); len(batch) > 0 {
 				break
 			}
 			if closing {
@@ -348,7 +376,7 @@ func (s *sequencer) serve(leader <-chan bool, term uint64) (closed bool) {
 		}
 		last = max(last, s.now().UnixNano())
 		g := s.sequence(batch, &next, last)
-		g.term = term
+		g.term, g.size = term, size
 		if g.future == nil {
 			// Still in line: the refusal rests on offsets of entries that are
 			// not committed yet.
@@ -372,23 +400,29 @@ func (s *sequencer) lost(leader <-chan bool) bool {
 	}
 }
 
-// take returns waiting proposals for one entry.
-func (s *sequencer) take() (batch []*Pending, closing bool) {
+// take returns waiting proposals for one entry, if that is due, and their size.
+func (s *sequencer) take() (batch []*Pending, size int64, closing bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if !s.due() {
+		return nil, 0, s.closing
+	}
 	n, bytes := 0, 0
 	for n < len(s.queue) {
 		bytes += len(s.queue[n].p.Records)
 		if n > 0 && bytes > s.entryBytes {
 			break
 		}
+		size += s.queue[n].size
 		n++
 	}
 	batch = s.queue[:n:n]
 	if s.queue = s.queue[n:]; len(s.queue) == 0 {
 		s.queue = nil
 	}
-	return batch, s.closing
+	s.queued -= size
+	s.inFlight += size
+	return batch, size, s.closing
 }
 
 // sequence makes one entry of a batch and hands it to Raft.
@@ -456,6 +490,7 @@ func (s *sequencer) complete() {
 			}
 			s.finish(p, p.err)
 		}
+		s.landed(g)
 	}
 }
 
@@ -489,7 +524,7 @@ func (s *sequencer) shut(err error) {
 	s.mu.Lock()
 	s.open = false
 	queue := s.queue
-	s.queue = nil
+	s.queue, s.queued = nil, 0
 	s.mu.Unlock()
 	for _, p := range queue {
 		s.finish(p, err)

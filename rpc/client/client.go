@@ -46,6 +46,7 @@ type Client struct {
 	// connected says that some node could be reached some time.
 	connected atomic.Bool
 	retry     time.Duration
+	gatherer  *gatherer // nil for a client that makes separate calls
 }
 
 // endpoint is a connection to one address.
@@ -63,9 +64,10 @@ type endpoint struct {
 type Option func(*options)
 
 type options struct {
-	creds credentials.TransportCredentials
-	dial  func(ctx context.Context, addr string) (net.Conn, error)
-	retry time.Duration
+	creds    credentials.TransportCredentials
+	dial     func(ctx context.Context, addr string) (net.Conn, error)
+	retry    time.Duration
+	separate bool
 }
 
 // WithTransportCredentials secures the connection. Without it the connection
@@ -87,6 +89,13 @@ func WithDialer(dial func(ctx context.Context, addr string) (net.Conn, error)) O
 func WithRetry(d time.Duration) Option {
 	return func(o *options) { o.retry = max(d, 0) }
 }
+
+// WithSeparateCalls makes every Produce a call of its own. Without it, the
+// records of goroutines that call Produce while others wait for their answers
+// travel as one batch, up to 256 KiB, which is many times cheaper: they share an
+// append time and, if the connection breaks, an unknown outcome. Calls with
+// ExpectOffset, or with metadata in their context, are always separate.
+func WithSeparateCalls() Option { return func(o *options) { o.separate = true } }
 
 // Dial returns a client of the cluster whose nodes are at addr: "host:port", or
 // "host" for the default port, or several of those with commas between. A name
@@ -111,6 +120,9 @@ func Dial(addr string, opts ...Option) (*Client, error) {
 			return nil, errors.Join(err, c.Close())
 		}
 		c.endpoints = append(c.endpoints, ep)
+	}
+	if !o.separate {
+		c.gatherer = newGatherer(c)
 	}
 	return c, nil
 }
@@ -155,6 +167,9 @@ func (c *Client) Close() error {
 		if err := ep.conn.Close(); err != nil {
 			errs = append(errs, fmt.Errorf("close connection to %s: %w", ep.addr, err))
 		}
+	}
+	if c.gatherer != nil {
+		c.gatherer.close()
 	}
 	return errors.Join(errs...)
 }

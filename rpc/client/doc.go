@@ -8,7 +8,8 @@
 // # Appending
 //
 // [Client.Produce] appends one batch and answers when it is durable on a
-// quorum. A [Producer] is for streams of records: it gathers them into batches
+// quorum. Where many goroutines call it at the same time, their records travel
+// together; [WithSeparateCalls] prevents that. A [Producer] is for streams of records: it gathers them into batches
 // by bytes, count and time, keeps several batches in flight on one stream with
 // a bound on their bytes, and reports acknowledgements in order:
 //

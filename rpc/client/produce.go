@@ -8,6 +8,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/encoding/protowire"
 
 	v1 "github.com/diurnalog/diurna/rpc/v1"
 )
@@ -45,6 +47,8 @@ func ExpectOffset(offset uint64) ProduceOption {
 // as long as WithRetry allows, only where it was definitely not appended and
 // the reason will pass, or where ExpectOffset makes it safe. An *Error whose
 // Definite is false means that it may have been appended.
+//
+// Calls from several goroutines may travel together, see WithSeparateCalls.
 func (c *Client) Produce(ctx context.Context, records []*Record, opts ...ProduceOption) (Ack, error) {
 	var o produceOptions
 	for _, opt := range opts {
@@ -53,30 +57,46 @@ func (c *Client) Produce(ctx context.Context, records []*Record, opts ...Produce
 	if len(records) == 0 {
 		return Ack{}, invalid("a batch needs at least one record")
 	}
-	total := 0
+	size := 0
 	for i, r := range records {
 		if err := checkRecord(r); err != nil {
 			return Ack{}, invalid("record %d: %v", i, err)
 		}
-		total += RecordSize(r) + 8
+		n := RecordSize(r)
+		size += 1 + protowire.SizeBytes(n)
 	}
-	buf := appendRequestHead(make([]byte, 0, total+len(o.log)+32), o.log, o.expected)
+	// What is a call's own, conditions and metadata, cannot be shared.
+	_, marked := metadata.FromOutgoingContext(ctx)
+	if c.gatherer == nil || o.expected != nil || marked || ctx.Err() != nil {
+		return c.produceAlone(ctx, o, records, size)
+	}
+	return c.gatherer.produce(ctx, o.log, records, size)
+}
+
+// produceAlone appends records, of the given wire size, with a call of their
+// own.
+func (c *Client) produceAlone(ctx context.Context, o produceOptions, records []*Record, size int) (Ack, error) {
+	buf := appendRequestHead(make([]byte, 0, size+len(o.log)+32), o.log, o.expected)
 	for _, r := range records {
 		buf = appendRecord(buf, r, RecordSize(r))
 	}
+	return c.produceEncoded(ctx, buf, len(records), o.expected)
+}
 
+// produceEncoded appends so many records, encoded as a request, which it keeps.
+func (c *Client) produceEncoded(ctx context.Context, buf []byte, count int, expected *uint64) (Ack, error) {
 	a := attempts{client: c}
 	doubt := false // an earlier attempt may have appended it
 	for {
 		ep := c.endpoint()
-		ack, e := ep.produce(ctx, buf, len(records))
+		ack, e := ep.produce(ctx, buf, count)
 		if e == nil {
 			return ack, nil
 		}
 		if doubt {
-			e = inDoubt(e, *o.expected)
+			e = inDoubt(e, *expected)
 		}
-		if !e.Definite && o.expected != nil && e.Reason != ReasonOffsetMismatch && e.Reason != ReasonProtocol {
+		if !e.Definite && expected != nil && e.Reason != ReasonOffsetMismatch && e.Reason != ReasonProtocol {
 			// At that offset there is room for one: it can be sent again.
 			doubt = true
 			retry := *e

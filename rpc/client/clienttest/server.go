@@ -178,6 +178,13 @@ func (s *Server) Values() []string {
 	return values
 }
 
+// Batches returns how many batches there are.
+func (s *Server) Batches() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.batches)
+}
+
 // Records returns all records, in order.
 func (s *Server) Records() []*v1.Record {
 	s.mu.Lock()
