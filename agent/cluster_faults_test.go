@@ -73,7 +73,7 @@ func (l *load) stop(t testing.TB, c *processCluster) (acked int) {
 // Nobody who produces or consumes notices; nobody is removed; no second cluster
 // is formed; everybody registers again.
 func TestClusterWithoutConsul(t *testing.T) {
-	c := startCluster(t, 3, "")
+	c := startNodes(t, 3, "")
 	c.servers(t, "three nodes vote", healthy(3))
 	before := clusterIDs(t, c)
 	l := startLoad(t, 2, c.addresses())
@@ -163,7 +163,7 @@ func clusterIDs(t testing.TB, c *processCluster) (ids []string) {
 
 // TestClusterMoves: all nodes come back at other ports, at once.
 func TestClusterMoves(t *testing.T) {
-	c := startCluster(t, 3, "")
+	c := startNodes(t, 3, "")
 	values := numbered("before", 10)
 	produce(t, dial(t, c.nodes[0].listen), values...)
 	for _, m := range c.nodes {
@@ -191,7 +191,7 @@ func TestClusterMoves(t *testing.T) {
 // TestClusterKills: nodes are killed under load, one at random at a time, and
 // all at once. Nothing that was acknowledged is lost, or moves.
 func TestClusterKills(t *testing.T) {
-	c := startCluster(t, 3, "")
+	c := startNodes(t, 3, "")
 	rng := vfstest.Rand(t)
 	kills := vfstest.Env(t, "DIURNA_CLUSTER_KILLS", 8)
 	l := startLoad(t, 4, c.addresses())
@@ -255,7 +255,7 @@ func untilAck(t testing.TB, c *processCluster, dead *member) time.Time {
 // TestClusterRolling: every node is restarted in turn. A producer that does as
 // the errors tell it has nothing in doubt.
 func TestClusterRolling(t *testing.T) {
-	c := startCluster(t, 3, "")
+	c := startNodes(t, 3, "")
 	l := startLoad(t, 3, c.addresses())
 	for range 2 {
 		for _, m := range c.nodes {

@@ -32,8 +32,8 @@ type member struct {
 	more              []string
 }
 
-// startCluster starts n nodes and waits until all of them serve.
-func startCluster(t testing.TB, n int, settings string) *processCluster {
+// startNodes starts n nodes and waits until all of them serve.
+func startNodes(t testing.TB, n int, settings string) *processCluster {
 	t.Helper()
 	c := &processCluster{consul: consultest.Start(t, consultest.Options{}), dir: t.TempDir()}
 	c.config = filepath.Join(c.dir, "cluster.hcl")
@@ -208,7 +208,7 @@ func ports(members ...*member) (all []string) {
 // TestClusterLife: three nodes form a cluster; a fourth and a fifth join; one
 // dies and is replaced. Consul's catalog and DNS, and Raft, agree on all of it.
 func TestClusterLife(t *testing.T) {
-	c := startCluster(t, 3, "")
+	c := startNodes(t, 3, "")
 	c.servers(t, "three nodes vote", healthy(3))
 	c.awaitDNS(t, "diurna", ports(c.nodes...))
 	c.awaitDNS(t, "leader.diurna", ports(c.leader(t)))
