@@ -169,6 +169,8 @@ func (r *Replica) resign(ctx context.Context) {
 	if r.Err() != nil || r.raft.State() != raft.Leader || len(r.otherVoters()) == 0 {
 		return
 	}
+	ctx, cancel := context.WithTimeout(ctx, 2*r.cfg.ElectionTimeout)
+	defer cancel()
 	if err := r.TransferLeadership(ctx, ""); err != nil {
 		r.cfg.Logger.Warn("leadership could not be handed over before the close", "error", err)
 	}

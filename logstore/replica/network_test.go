@@ -312,7 +312,7 @@ func (g *testGroup) stop() {
 	for _, id := range g.ids {
 		if r := g.nodes[id]; r != nil {
 			wg.Go(func() {
-				ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+				ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 				defer cancel()
 				if err := r.Close(ctx); err != nil && r.Err() == nil {
 					g.t.Errorf("close %s: %v", id, err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -304,7 +305,8 @@ func (r *Replica) close(ctx context.Context) error {
 		go func() { taken <- r.raft.Snapshot().Error() }()
 		select {
 		case snapErr := <-taken:
-			if snapErr != nil && !errors.Is(snapErr, raft.ErrNothingNewToSnapshot) {
+			// Nor is there one of a group whose newest members are not agreed on.
+			if snapErr != nil && !errors.Is(snapErr, raft.ErrNothingNewToSnapshot) && !strings.HasPrefix(snapErr.Error(), "cannot take snapshot now") {
 				err = fmt.Errorf("snapshot: %w", snapErr)
 			}
 		case <-ctx.Done():
@@ -320,7 +322,11 @@ func (r *Replica) close(ctx context.Context) error {
 		// Raft's goroutines may wait for answers of other servers.
 		closeErr = r.transport.Close()
 	}
-	stopped := await(graceful, after(func() { _ = down.Error() }))
+	// Time of its own: a question that Raft has not answered is no sign that it
+	// hangs.
+	stopping, cancel := outlive(ctx, closeGrace)
+	defer cancel()
+	stopped := await(stopping, after(func() { _ = down.Error() }))
 	r.seq.abandon()
 	<-drained
 	r.watermark.close()

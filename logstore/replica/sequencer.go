@@ -509,6 +509,9 @@ func (s *sequencer) outcome(err error) error {
 		// Refused before it was written. Not so raft.ErrRaftShutdown, which is
 		// also the answer to entries that were committed but not applied.
 		return s.leaderHint()
+	case errors.Is(err, logstore.ErrFull):
+		// Nothing was written, but this server leads no more.
+		return fmt.Errorf("%w: %w", ErrDiskFull, err)
 	case errors.Is(err, logstore.ErrRejected), errors.Is(err, logstore.ErrTooLarge):
 		// Refused by the store, which wrote nothing: an entry before failed, or
 		// its term was over.

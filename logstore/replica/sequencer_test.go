@@ -171,6 +171,7 @@ func TestOutcome(t *testing.T) {
 		{raft.ErrLeadershipTransferInProgress, errHint},
 		{fmt.Errorf("x: %w", logstore.ErrRejected), ErrNoLeader},
 		{fmt.Errorf("x: %w", logstore.ErrTooLarge), ErrNoLeader},
+		{fmt.Errorf("x: %w", logstore.ErrFull), ErrDiskFull},
 		{raft.ErrLeadershipLost, ErrUnknownOutcome},
 		{raft.ErrRaftShutdown, ErrUnknownOutcome}, // also of committed entries
 		{raft.ErrAbortedByRestore, ErrUnknownOutcome},
