@@ -158,9 +158,7 @@ func TestRetries(t *testing.T) {
 	}
 	f.refuse.Store(0)
 	await(t, d, "registered", trusted(1))
-	if l.count("works again") != 1 {
-		t.Error("the log does not say that it works")
-	}
+	eventually(t, "the log says that it works", func() bool { return l.count("works again") == 1 })
 }
 
 // TestAnnounceMany announces without pause: each counts, but few are written.
