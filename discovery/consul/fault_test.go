@@ -3,9 +3,12 @@ package consul
 import (
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -158,9 +161,7 @@ func TestRetries(t *testing.T) {
 	}
 	f.refuse.Store(0)
 	await(t, d, "registered", trusted(1))
-	if l.count("works again") != 1 {
-		t.Error("the log does not say that it works")
-	}
+	eventually(t, "the log says that it works", func() bool { return l.count("works again") == 1 })
 }
 
 // TestAnnounceMany announces without pause: each counts, but few are written.
@@ -318,5 +319,37 @@ func TestErrors(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestRefusedToken takes the new token from the file when the old one is
+// refused, within the same request.
+func TestRefusedToken(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "token")
+	write := func(token string) {
+		if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("old")
+	f := newFake(t)
+	var asked atomic.Int64
+	f.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		if r.Header.Get("X-Consul-Token") != "new" {
+			http.Error(w, "ACL not found", http.StatusForbidden)
+			return
+		}
+		_, _ = w.Write([]byte("true"))
+	})
+	d, _ := fakeHandle(t, f, func(c *Config) { c.TokenFile = file })
+	defer d.c.close()
+	_, err := d.Bootstrap().Create(t.Context(), nil)
+	if err == nil || !strings.Contains(err.Error(), file) || strings.Contains(err.Error(), "old") || asked.Load() != 1 {
+		t.Errorf("the same token was tried %d times: %v", asked.Load(), err)
+	}
+	write("new")
+	if won, err := d.Bootstrap().Create(t.Context(), nil); err != nil || !won || asked.Load() != 3 {
+		t.Errorf("with the new token: %t, %v, %d requests", won, err, asked.Load())
 	}
 }

@@ -3,6 +3,7 @@ package consul
 import (
 	"encoding/json"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -67,6 +68,31 @@ func TestRoundTrip(t *testing.T) {
 		if _, err := c.registration(other); err != nil || one.Tags[1] != "leader" {
 			t.Errorf("registrations share their tags: %q, %v", one.Tags, err)
 		}
+	}
+}
+
+// TestChecks is what the agent is asked to check; Consul tells little of it
+// again.
+func TestChecks(t *testing.T) {
+	c := testConfig(t)
+	c.HealthTLS = true
+	reg, err := c.registration(full("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := api.AgentServiceChecks{
+		{CheckID: "diurna-x:raft", Name: "Raft", TTL: "15s", Status: "critical", DeregisterCriticalServiceAfter: "72h0m0s"},
+		{CheckID: "diurna-x:grpc", Name: "gRPC", GRPC: "192.0.2.1:8400/diurna.v1.Log", GRPCUseTLS: true, TLSSkipVerify: true,
+			Interval: "10s", Timeout: "3s", FailuresBeforeCritical: 3, Status: "critical", DeregisterCriticalServiceAfter: "72h0m0s"},
+	}
+	for i, got := range reg.Checks {
+		got.Notes = ""
+		if !reflect.DeepEqual(got, want[i]) {
+			t.Errorf("want %+v\ngot %+v", want[i], got)
+		}
+	}
+	if len(reg.Checks) != len(want) || reg.Check != nil {
+		t.Errorf("%d checks", len(reg.Checks))
 	}
 }
 
