@@ -167,7 +167,12 @@ func TestOpenRefuses(t *testing.T) {
 		}
 	}
 	other := vfstest.New()
-	mustClose(t, mustOpen(t, memConfig(dir, other)))
+	another := mustOpen(t, memConfig(dir, other))
+	// Later than ours, so that only the ids tell.
+	if err := another.stable.SetUint64(keyCurrentTerm, another.raft.CurrentTerm()+100); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, another)
 	// take puts another copy's files in the place of these.
 	take := func(part string) func(*vfstest.Mem) error {
 		return func(fs *vfstest.Mem) error {
@@ -214,7 +219,7 @@ func TestOpenRefuses(t *testing.T) {
 		"pointer missing":           {remove(current), inReplica},
 		"pointer damaged":           {damage(current, ""), inReplica},
 		"pointer of another copy":   {take(currentName), inReplica},
-		"log of another copy":       {both(remove(logFiles...), take("gen-1/log")), inReplica},
+		"log of another copy":       {both(remove(slices.Concat(logFiles, snaps)...), take("gen-1/log")), inReplica},
 		"all of another generation": {both(take(currentName), take(stableName)), inReplica},
 		"pointer and vote missing":  {remove(file, current), inReplica},
 		"of an older version":       {with(filepath.Join(dir, "raft.db"), nil), new(error)},

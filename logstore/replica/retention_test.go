@@ -103,9 +103,24 @@ func TestRetention(t *testing.T) {
 	})
 	stop()
 	wg.Wait()
-	first, _, _ := c.leader().Bounds()
+	for _, id := range c.ids { // from here on it stays
+		if err := c.nodes[id].SetRetention(Retention{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all = append(all, c.append(3000, 2, 20)...)
+	var first uint64
+	eventually(t, "no start is on its way any more", func() bool {
+		first, _, _ = c.leader().Bounds()
+		for _, id := range c.ids {
+			c.caughtUp(id)
+			if got, _, _ := c.nodes[id].Bounds(); got != first {
+				return false
+			}
+		}
+		return true
+	})
 	for _, id := range c.ids {
-		c.caughtUp(id)
 		r := c.nodes[id]
 		var gone *OffsetOutOfRangeError
 		if _, err := r.Read(first-1, make([]byte, 64<<10), nil); !errors.As(err, &gone) || gone.First != first {
