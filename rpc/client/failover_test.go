@@ -350,7 +350,7 @@ func TestConsumerShutdown(t *testing.T) {
 		calls++
 		switch calls {
 		case 2:
-			if req.GetOffset() != 2 || req.GetLinearizable() {
+			if req.GetOffset() != 2 || req.GetLinearizable() || req.GetMaxRecords() != 3 {
 				t.Errorf("resumed with %v", req)
 			}
 			return clienttest.Failure(codes.Unavailable, "SHUTTING_DOWN", "", "")
@@ -361,7 +361,7 @@ func TestConsumerShutdown(t *testing.T) {
 	}
 	s.Start(t)
 	c := dialAll(t, []*clienttest.Server{s})
-	r := consume(t, c, ConsumeOptions{Follow: true, Linearizable: true})
+	r := consume(t, c, ConsumeOptions{Follow: true, Linearizable: true, MaxRecords: 5})
 	for range 2 {
 		if !r.Next() {
 			t.Fatal(r.Err())
