@@ -243,10 +243,11 @@ func TestStopHangingDisk(t *testing.T) {
 	fsys := newFaultyFS()
 	a := startReady(t, testConfig(t, t.TempDir()), Options{fs: fsys})
 	c := dial(t, a.Address())
+	produce(t, c, "first") // so that nothing else is on its way to the log
 	hanging, release := make(chan struct{}), make(chan struct{})
 	var once sync.Once
 	fsys.set(func(op, name string) error {
-		if op == "sync" {
+		if op == "sync" && strings.HasSuffix(name, ".log") {
 			once.Do(func() { close(hanging) })
 			<-release
 		}
@@ -432,7 +433,8 @@ func TestStartFails(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := errors.Join(d.Close(), os.MkdirAll(d.log("default"), 0o750),
+			// As it is once a node has run.
+			if err := errors.Join(d.join(someID), d.Close(), os.MkdirAll(d.log("default"), 0o750),
 				os.WriteFile(filepath.Join(d.log("default"), "README"), nil, 0o600)); err != nil {
 				t.Fatal(err)
 			}

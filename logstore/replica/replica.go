@@ -88,6 +88,7 @@ func Open(cfg Config) (r *Replica, err error) {
 		applied:   &atomic.Uint64{},
 		start:     &atomic.Uint64{},
 		founding:  make(chan struct{}, 1),
+		space:     space{wake: make(chan struct{}, 1)},
 		opened:    make(chan struct{}),
 		severed:   make(chan struct{}),
 		failed:    make(chan struct{}),
@@ -131,7 +132,7 @@ func Open(cfg Config) (r *Replica, err error) {
 	r.machine.onShown, r.machine.onApplied = r.progress.advance, r.shown.Store
 	r.snapshots = r.newSnapshots()
 	r.machine.install = r.snapshots.install
-	r.store = &logStore{gens: r.gens, applied: r.applied, broken: r.broken, down: r.Err, rolled: r.retention.poke}
+	r.store = &logStore{gens: r.gens, applied: r.applied, broken: r.broken, down: r.Err, rolled: r.retention.poke, full: r.space.hit}
 	r.retention.init(cfg.Retention)
 	if err := bootstrap(&r.cfg, files, r.store); err != nil {
 		return nil, err
@@ -183,7 +184,7 @@ func (r *Replica) Propose(ctx context.Context, p Proposal, wait bool) (*Pending,
 	if err := r.Err(); err != nil {
 		return nil, err
 	}
-	if r.space.full.Load() {
+	if r.space.full.Load() && (r.raft.State() == raft.Leader || r.alone()) {
 		return nil, ErrDiskFull
 	}
 	return r.seq.propose(ctx, p, wait)

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"github.com/diurnalog/diurna/logstore"
 )
 
 // ErrDiskFull: there is too little space on the disk. Nothing was appended, and
@@ -24,36 +26,50 @@ const (
 // space watches how much of the disk is free.
 type space struct {
 	full atomic.Bool
+	wake chan struct{} // one token: the log found the disk full
 }
 
-// freer is a filesystem that knows its free space.
-type freer interface {
-	Free(dir string) (uint64, error)
+// hit is told by the log that there was no space.
+func (s *space) hit() {
+	s.full.Store(true)
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// enough is how much must be free before a full disk is one no more.
+func (r *Replica) enough(least uint64) uint64 {
+	segment := uint64(r.cfg.SegmentSize)
+	if segment == 0 {
+		segment = logstore.DefaultSegmentSize
+	}
+	return max(least+least/4, 2*segment)
 }
 
 // watchSpace refuses proposals while free space is below Config.MinFreeBytes,
-// with a quarter above it before they are taken again, and hands leadership to
-// somebody else. What it keeps free is for terms, votes and snapshots.
+// or the log could not get any, until there is clearly more, and hands
+// leadership to somebody else. What it keeps free is for terms, votes and
+// snapshots.
 func (r *Replica) watchSpace() {
-	fsys, ok := r.cfg.FS.(freer)
-	if !ok || r.cfg.MinFreeBytes <= 0 {
-		return
-	}
-	least := uint64(r.cfg.MinFreeBytes)
+	least := uint64(max(0, r.cfg.MinFreeBytes))
 	tick := time.NewTicker(spaceInterval)
 	defer tick.Stop()
 	var wait time.Duration // until leadership may be passed on again
+	said := false
 	for {
-		free, err := fsys.Free(r.cfg.Dir)
+		free, err := r.cfg.FS.Free(r.cfg.Dir)
 		switch full := r.space.full.Load(); {
 		case err != nil:
 			r.cfg.Logger.Warn("cannot tell how much of the disk is free", "error", err)
-		case !full && free < least:
-			r.space.full.Store(true)
-			r.cfg.Logger.Error("too little space on the disk; taking no more records", "free", free, "needed", least)
-		case full && free >= least+least/4:
+		case full && free >= r.enough(least):
 			r.space.full.Store(false)
+			said = false
 			r.cfg.Logger.Info("there is space on the disk again", "free", free)
+		case (full || free < least) && !said:
+			r.space.full.Store(true)
+			said = true
+			r.cfg.Logger.Error("too little space on the disk; taking no more records", "free", free, "needed", r.enough(least))
 		}
 		wait = max(0, wait-spaceInterval)
 		if r.space.full.Load() && wait == 0 && r.raft.State() == raft.Leader && len(r.otherVoters()) > 0 {
@@ -66,6 +82,7 @@ func (r *Replica) watchSpace() {
 		}
 		select {
 		case <-tick.C:
+		case <-r.space.wake:
 		case <-r.closing:
 			return
 		case <-r.failed:

@@ -29,6 +29,8 @@ type logStore struct {
 	down   func() error
 	// rolled is told when the log has got another segment.
 	rolled func()
+	// full is told when there was no space for entries.
+	full func()
 	// raft is nil until it has started.
 	raft atomic.Pointer[raft.Raft]
 
@@ -159,6 +161,7 @@ func (s *logStore) StoreLogs(logs []*raft.Log) error {
 		}
 	case errors.Is(err, logstore.ErrClosed):
 	case errors.Is(err, logstore.ErrFull):
+		s.full()
 		if s.cut {
 			// Raft takes its last entry back only for another one.
 			s.broken(fmt.Errorf("%w: there was no space for the entries that were to replace others: %w", ErrRestart, err))

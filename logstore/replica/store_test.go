@@ -39,6 +39,7 @@ func newTestStore(t *testing.T) *testStore {
 	s.broken = func(err error) { s.fatal = append(s.fatal, err) }
 	s.down = func() error { return s.err }
 	s.rolled = func() { s.rolls++ }
+	s.full = func() {}
 	return s
 }
 
