@@ -2,7 +2,7 @@
 // log is the segment log itself.
 //
 //	r, err := replica.Open(replica.Config{
-//		Dir: "data/logs/default", ID: id, Address: addr, Transport: transport,
+//		Dir: "data/logs/default", ID: id, Address: addr, Network: network,
 //		Bootstrap: []replica.Server{{ID: id, Address: addr}},
 //	})
 //	err = r.WaitReady(ctx) // this server leads and takes proposals
@@ -27,6 +27,14 @@
 //
 // Control entries have no records. They change the state machine's small state:
 // the cluster's id, the log's start, the servers that were removed.
+//
+// # The others
+//
+// Replicas of a group reach each other through Config.Network. While a server
+// leads, it gives votes to members that have kept up and removes those that are
+// gone, see AutopilotConfig. One whose disk fails or hangs, or whose data turn
+// out to be damaged, ends its part in the group as a whole: it stores, votes and
+// acknowledges nothing more, and asks another voter to lead if it led.
 //
 // # Files
 //

@@ -37,13 +37,10 @@ func (r *Replica) broken(err error) {
 			err = fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
 		r.failure.Store(&err)
-		switch {
-		case errors.Is(err, ErrRestart):
+		if errors.Is(err, ErrRestart) {
 			r.cfg.Logger.Warn("this replica stops", "error", err)
-		case errors.Is(err, ErrDamaged):
-			r.cfg.Logger.Error("stored data is damaged; this replica stops", "error", err)
-		default:
-			r.cfg.Logger.Error("the disk failed; this node must stop", "error", err)
+		} else {
+			r.cfg.Logger.Error("this replica stops", "error", err)
 		}
 		go r.sever(err, led)
 	})

@@ -104,6 +104,11 @@ func (l *memListener) Dial(ctx context.Context, id, _ string) (net.Conn, error) 
 	if to == nil {
 		return nil, fmt.Errorf("no server %s", id)
 	}
+	select {
+	case <-to.closed:
+		return nil, errors.New("connection refused")
+	default:
+	}
 	out, in := &half{n: l.n, from: l.id, to: id}, &half{n: l.n, from: id, to: l.id}
 	select {
 	case to.queue <- &memConn{r: out, w: in, peer: l.id}:
@@ -332,13 +337,16 @@ func (g *testGroup) leader(ctx context.Context, among ...string) *Replica {
 	}
 	found := make(chan *Replica, len(among))
 	ctx, cancel := context.WithCancel(ctx)
+	var waiting sync.WaitGroup
+	defer waiting.Wait()
 	defer cancel()
 	for _, id := range among {
-		go func() {
-			if g.nodes[id].WaitReady(ctx) == nil {
-				found <- g.nodes[id]
+		r := g.nodes[id]
+		waiting.Go(func() {
+			if r.WaitReady(ctx) == nil {
+				found <- r
 			}
-		}()
+		})
 	}
 	select {
 	case r := <-found:

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -285,8 +284,8 @@ func TestReads(t *testing.T) {
 		t.Error(err)
 	}
 	servers, err := r.Servers()
-	if err != nil || fmt.Sprint(servers) != "[{a a:1 true true}]" {
-		t.Errorf("%v, %v", servers, err)
+	if err != nil || len(servers) != 1 || servers[0].ID != "a" || servers[0].Address != "a:1" || !servers[0].Voter || !servers[0].Leader {
+		t.Errorf("%+v, %v", servers, err)
 	}
 	st := r.Status()
 	if st.State != "Leader" || !st.Ready || st.LeaderID != "a" || st.Log.NextOffset != 5 || st.Applied != st.Last || st.Term == 0 {

@@ -332,9 +332,10 @@ func TestSnapshotStalls(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				n, a, b := testTransports(t)
 				defer closeTransports(t, a, b)
-				ended := make(chan error, 1)
+				ended, began := make(chan error, 1), make(chan struct{})
 				go func() {
 					rpc := <-b.Consumer()
+					close(began)
 					_, err := io.Copy(io.Discard, rpc.Reader)
 					ended <- err
 					rpc.Respond(&raft.InstallSnapshotResponse{Success: err == nil}, err)
@@ -343,7 +344,7 @@ func TestSnapshotStalls(t *testing.T) {
 				req := &raft.InstallSnapshotRequest{SnapshotVersion: 1, Configuration: configuration, Size: tc.size}
 				sent := make(chan error, 1)
 				go func() {
-					sent <- a.InstallSnapshot("b", "b:1", req, &raft.InstallSnapshotResponse{}, &pausing{size: tc.size, act: func(at int64) { tc.act(n, at) }})
+					sent <- a.InstallSnapshot("b", "b:1", req, &raft.InstallSnapshotResponse{}, &pausing{size: tc.size, act: func(at int64) { <-began; tc.act(n, at) }})
 				}()
 				err := <-ended
 				if took := time.Since(begin); tc.slow != (err == nil || err == io.EOF) && !tc.slow && took > 2*a.stall {
