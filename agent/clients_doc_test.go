@@ -62,11 +62,18 @@ func readClientsPage(t testing.TB) (commands []shown, program, output string) {
 // varying are the fields that are different on every machine and in every run.
 var varying = []string{"appendTime", "id", "answeredBy", "name", "address", "term", "appliedIndex", "version"}
 
-// vary makes all values of such fields the same.
+// passing are fields that are there, or not, depending on how long the node runs.
+var passing = []string{"healthy", "stableSince"}
+
+// vary makes all values of varying fields the same, and drops passing ones.
 func vary(v any) {
 	switch v := v.(type) {
 	case map[string]any:
 		for key, value := range v {
+			if slices.Contains(passing, key) {
+				delete(v, key)
+				continue
+			}
 			if slices.Contains(varying, key) && value != "" {
 				v[key] = "varies"
 			}

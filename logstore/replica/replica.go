@@ -194,6 +194,9 @@ func (r *Replica) Propose(ctx context.Context, p Proposal, wait bool) (*Pending,
 func (r *Replica) notLeader() error {
 	addr, id := r.raft.LeaderWithID()
 	if id == "" || string(id) == r.cfg.ID {
+		if r.space.full.Load() && r.alone() {
+			return ErrDiskFull // which is why it does not lead
+		}
 		return ErrNoLeader
 	}
 	return &NotLeaderError{LeaderID: string(id), LeaderAddress: string(addr)}

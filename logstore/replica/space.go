@@ -26,11 +26,14 @@ const (
 // space watches how much of the disk is free.
 type space struct {
 	full atomic.Bool
-	wake chan struct{} // one token: the log found the disk full
+	// short: there was too little for a segment.
+	short atomic.Bool
+	wake  chan struct{} // one token: the log found the disk full
 }
 
 // hit is told by the log that there was no space.
 func (s *space) hit() {
+	s.short.Store(true)
 	s.full.Store(true)
 	select {
 	case s.wake <- struct{}{}:
@@ -40,6 +43,9 @@ func (s *space) hit() {
 
 // enough is how much must be free before a full disk is one no more.
 func (r *Replica) enough(least uint64) uint64 {
+	if !r.space.short.Load() {
+		return least + least/4
+	}
 	segment := uint64(r.cfg.SegmentSize)
 	if segment == 0 {
 		segment = logstore.DefaultSegmentSize
@@ -64,6 +70,7 @@ func (r *Replica) watchSpace() {
 			r.cfg.Logger.Warn("cannot tell how much of the disk is free", "error", err)
 		case full && free >= r.enough(least):
 			r.space.full.Store(false)
+			r.space.short.Store(false)
 			said = false
 			r.cfg.Logger.Info("there is space on the disk again", "free", free)
 		case (full || free < least) && !said:
