@@ -158,7 +158,7 @@ func Open(cfg Config) (r *Replica, err error) {
 		return nil, fmt.Errorf("start raft: %w", err)
 	}
 	r.store.raft.Store(r.raft)
-	r.seq = newSequencer(r.raft, r.gens, &r.cfg, r.notLeader)
+	r.seq = newSequencer(r.raft, r.gens, &r.cfg, r.refusal)
 	r.seq.changed = r.changes.poke
 	r.pilot = newPilot(r)
 	r.seq.start()
@@ -194,12 +194,17 @@ func (r *Replica) Propose(ctx context.Context, p Proposal, wait bool) (*Pending,
 func (r *Replica) notLeader() error {
 	addr, id := r.raft.LeaderWithID()
 	if id == "" || string(id) == r.cfg.ID {
-		if r.space.full.Load() && r.alone() {
-			return ErrDiskFull // which is why it does not lead
-		}
 		return ErrNoLeader
 	}
 	return &NotLeaderError{LeaderID: string(id), LeaderAddress: string(addr)}
+}
+
+// refusal says why nothing can be appended by a server that does not lead.
+func (r *Replica) refusal() error {
+	if r.space.full.Load() && r.alone() {
+		return ErrDiskFull // which is why it does not
+	}
+	return r.notLeader()
 }
 
 // WaitReadable returns once offset is below the high watermark, or with ctx's
