@@ -29,6 +29,7 @@ type logStore struct {
 	down   func() error
 	// rolled is told when the log has got another segment.
 	rolled func()
+	recent recent
 	// raft is nil until it has started.
 	raft atomic.Pointer[raft.Raft]
 
@@ -86,6 +87,9 @@ func (s *logStore) LastIndex() (uint64, error) {
 func (s *logStore) GetLog(index uint64, out *raft.Log) error {
 	gen := s.gens.use()
 	defer s.gens.release(gen)
+	if s.recent.get(gen, index, out) {
+		return nil
+	}
 	e, _, err := gen.log.Entry(index, nil)
 	switch {
 	case errors.Is(err, logstore.ErrNotFound):
@@ -154,6 +158,7 @@ func (s *logStore) StoreLogs(logs []*raft.Log) error {
 	switch {
 	case err == nil:
 		s.cut = false
+		s.recent.put(gen, logs)
 		if gen.log.Stats().Segments != segments {
 			s.rolled()
 		}
@@ -204,6 +209,7 @@ func (s *logStore) DeleteRange(from, to uint64) error {
 		runtime.Goexit()
 	}
 	s.cut = true
+	s.recent.clear()
 	err := gen.log.TruncateSuffix(from)
 	if err != nil {
 		s.broken(err)
