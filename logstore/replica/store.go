@@ -31,6 +31,7 @@ type logStore struct {
 	rolled func()
 	// full is told when there was no space for entries.
 	full func()
+	recent recent
 	// raft is nil until it has started.
 	raft atomic.Pointer[raft.Raft]
 
@@ -88,6 +89,9 @@ func (s *logStore) LastIndex() (uint64, error) {
 func (s *logStore) GetLog(index uint64, out *raft.Log) error {
 	gen := s.gens.use()
 	defer s.gens.release(gen)
+	if s.recent.get(gen, index, out) {
+		return nil
+	}
 	e, _, err := gen.log.Entry(index, nil)
 	switch {
 	case errors.Is(err, logstore.ErrNotFound):
@@ -156,6 +160,7 @@ func (s *logStore) StoreLogs(logs []*raft.Log) error {
 	switch {
 	case err == nil:
 		s.cut = false
+		s.recent.put(gen, logs)
 		if gen.log.Stats().Segments != segments {
 			s.rolled()
 		}
@@ -207,6 +212,7 @@ func (s *logStore) DeleteRange(from, to uint64) error {
 		runtime.Goexit()
 	}
 	s.cut = true
+	s.recent.clear()
 	err := gen.log.TruncateSuffix(from)
 	if err != nil {
 		s.broken(err)
