@@ -236,6 +236,11 @@ func (d *simDisk) SyncDir(dir string) error {
 	return d.do("syncdir", dir, func() error { return d.mem.SyncDir(dir) })
 }
 
+func (d *simDisk) Free(dir string) (bytes uint64, err error) {
+	err = d.do("statfs", dir, func() (err error) { bytes, err = d.mem.Free(dir); return err })
+	return bytes, err
+}
+
 func (d *simDisk) Lock(name string) (lock io.Closer, err error) {
 	err = d.do("lock", name, func() (err error) { lock, err = d.mem.Lock(name); return err })
 	return lock, err
