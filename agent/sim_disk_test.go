@@ -20,9 +20,9 @@ import (
 // any more.
 var errPower = errors.New("the power is off")
 
-// simDisk is the disk of one life of a node: a filesystem in memory that can be
-// made slow, hang, or fail, and that is cut off when the power fails, so that
-// nothing which runs on can change what is found afterwards.
+// simDisk is a node's disk as one process has it: a filesystem in memory that
+// can be made slow, hang, or fail, and that is cut off when the process is dead,
+// so that nothing which runs on can change what the next one finds.
 type simDisk struct {
 	mem *vfstest.Mem
 
@@ -35,13 +35,14 @@ type simDisk struct {
 	// hold tells how long an operation has to wait, as hang to be told again.
 	hold func(op, name string) time.Duration
 	// fail tells what an operation fails with.
-	fail func(op, name string) error
+	fail  func(op, name string) error
+	locks map[string]bool
 }
 
 const hang = time.Duration(-1)
 
 func newSimDisk(mem *vfstest.Mem) *simDisk {
-	return &simDisk{mem: mem, changed: make(chan struct{})}
+	return &simDisk{mem: mem, changed: make(chan struct{}), locks: map[string]bool{}}
 }
 
 // writing tells whether an operation changes the disk or makes it durable.
@@ -93,14 +94,13 @@ func (d *simDisk) failOnce(kind string) {
 	})
 }
 
-// cut ends all that this life can do, for good, and returns the filesystem as
-// it is found afterwards.
-func (d *simDisk) cut(rng *rand.Rand, survive vfstest.Survival) *vfstest.Mem {
+// cut ends all that this process can do to the disk, for good. What is done to
+// the filesystem afterwards is somebody else's doing.
+func (d *simDisk) cut() {
 	d.using.Lock()
 	d.off = true
 	d.using.Unlock()
 	d.set(nil, nil) // who waits sees that it is off
-	return d.mem.CrashClone(rng, survive)
 }
 
 // do does something to the filesystem when the disk lets it.
@@ -166,13 +166,13 @@ func (d *simDisk) failed(op, name string, err error) error {
 	return failure
 }
 
-// flip damages stored files as rot would, n bytes of those whose names contain
-// part, and says where. Nobody may be using them.
-func (d *simDisk) flip(rng *rand.Rand, part string, n int) (where []string, err error) {
+// rot damages stored files, a bit each of n that have part in their names, and
+// says where. Nobody may be using them.
+func rot(mem *vfstest.Mem, rng *rand.Rand, part string, n int) (where []string, err error) {
 	for range n {
 		var names []string
-		for _, name := range d.mem.Names() {
-			if b, err := d.mem.ReadFile(name); err == nil && len(b) > 0 && strings.Contains(name, part) {
+		for _, name := range mem.Names() {
+			if b, err := mem.ReadFile(name); err == nil && len(b) > 0 && strings.Contains(name, part) {
 				names = append(names, name)
 			}
 		}
@@ -180,7 +180,7 @@ func (d *simDisk) flip(rng *rand.Rand, part string, n int) (where []string, err 
 			return where, nil
 		}
 		name := names[rng.IntN(len(names))]
-		err := d.mem.Mutate(name, func(b []byte) []byte {
+		err := mem.Mutate(name, func(b []byte) []byte {
 			// Segments are preallocated: rot in the zeros is nobody's loss.
 			used := len(b)
 			for used > 1 && b[used-1] == 0 {
@@ -209,8 +209,10 @@ func (d *simDisk) opened(op, name string, open func(string) (vfs.File, error)) (
 	return file, err
 }
 
-func (d *simDisk) Create(name string) (vfs.File, error) { return d.opened("create", name, d.mem.Create) }
-func (d *simDisk) Open(name string) (vfs.File, error)   { return d.opened("open", name, d.mem.Open) }
+func (d *simDisk) Create(name string) (vfs.File, error) {
+	return d.opened("create", name, d.mem.Create)
+}
+func (d *simDisk) Open(name string) (vfs.File, error) { return d.opened("open", name, d.mem.Open) }
 func (d *simDisk) OpenReadWrite(name string) (vfs.File, error) {
 	return d.opened("open", name, d.mem.OpenReadWrite)
 }
@@ -241,9 +243,32 @@ func (d *simDisk) Free(dir string) (bytes uint64, err error) {
 	return bytes, err
 }
 
+// Lock is the process's own: a lock ends with its process, whatever that left
+// behind.
 func (d *simDisk) Lock(name string) (lock io.Closer, err error) {
-	err = d.do("lock", name, func() (err error) { lock, err = d.mem.Lock(name); return err })
+	err = d.do("lock", name, func() error {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if d.locks[name] {
+			return fmt.Errorf("lock %s: %w", name, vfs.ErrLocked)
+		}
+		d.locks[name] = true
+		lock = &simLock{d, name}
+		return nil
+	})
 	return lock, err
+}
+
+type simLock struct {
+	d    *simDisk
+	name string
+}
+
+func (l *simLock) Close() error {
+	l.d.mu.Lock()
+	defer l.d.mu.Unlock()
+	delete(l.d.locks, l.name)
+	return nil
 }
 
 type simFile struct {

@@ -89,8 +89,9 @@ type simRead struct {
 	at, until      time.Duration
 
 	records []simRecord
-	// end is the node's high watermark, where the read got that far: complete.
-	// Otherwise the node or the network failed in between.
+	// complete: the read got as far as it was to. Otherwise the node or the
+	// network failed in between. end is then the node's high watermark, if there
+	// was no limit.
 	complete bool
 	end      uint64
 	why      string
