@@ -110,7 +110,7 @@ func simulate(t *testing.T, seed uint64, opts simOptions, story func(c *simClust
 }
 
 // simOpsLimit is how long a history may be to be searched for an order.
-const simOpsLimit = 400
+const simOpsLimit = 3000
 
 func (c *simCluster) begin(opts simOptions) {
 	c.h = newHistory()
