@@ -44,6 +44,10 @@ type simCluster struct {
 	log      simLog
 
 	processes, working sync.WaitGroup
+
+	// What the audit found, if there was one: who has everything, up to where.
+	audited   []*simNode
+	committed uint64
 }
 
 // simOptions say what kind of cluster. The zero value is three nodes that know
@@ -163,6 +167,9 @@ func (c *simCluster) end() {
 	}
 	c.processes.Wait()
 	c.net.Close()
+	if c.audited != nil {
+		c.compareEntries(c.audited, c.committed)
+	}
 }
 
 // simPatience is how long the cluster may take, of its own time, to be whole
@@ -277,6 +284,7 @@ func (c *simCluster) audit(nodes ...*simNode) {
 		return
 	}
 	c.h.note("all nodes were ready %v after the mending", time.Since(begin))
+	c.audited, c.committed = nodes, last.base
 	for _, n := range nodes {
 		c.await(n.name+" has everything and can be read", func() bool {
 			r := auditor.readAll(n, func(r *simRead) { r.final = true })

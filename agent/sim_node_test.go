@@ -87,7 +87,7 @@ func (n *simNode) config() *config.Config {
 	for _, other := range n.c.nodes {
 		cfg.Discovery.Peers = append(cfg.Discovery.Peers, other.address())
 	}
-	cfg.Log.SegmentSize = 32 << 10
+	cfg.Log.SegmentSize = simSegment
 	cfg.Disk.MinFree = 0
 	cfg.Raft.HeartbeatTimeout = simElection
 	cfg.Raft.ElectionTimeout = simElection
@@ -102,8 +102,12 @@ func (n *simNode) config() *config.Config {
 	return cfg
 }
 
-// simElection is the nodes' election timeout.
-const simElection = time.Second
+// simElection is the nodes' election timeout, simSegment the size of their
+// segments, so that there are several in every history.
+const (
+	simElection = time.Second
+	simSegment  = 16 << 10
+)
 
 // start runs a process on what the disk holds. There must be none.
 func (n *simNode) start() *simProcess {
