@@ -281,6 +281,9 @@ func (cl *simClient) read(n *simNode, read simRead, opts client.ConsumeOptions) 
 	cl.c.h.endRead(r, func(r *simRead) {
 		r.records = records
 		r.complete = err == nil
+		if opts.Start == client.Earliest() && len(records) > 0 {
+			r.from = records[0].offset
+		}
 		if r.limit == 0 {
 			r.end = r.from + uint64(len(records))
 		}
