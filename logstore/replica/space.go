@@ -53,6 +53,7 @@ func (r *Replica) watchSpace() {
 			r.cfg.Logger.Error("too little space on the disk; taking no more records", "free", free, "needed", least)
 		case full && free >= least+least/4:
 			r.space.full.Store(false)
+			wait = 0 // the next time it is full is another story
 			r.cfg.Logger.Info("there is space on the disk again", "free", free)
 		}
 		wait = max(0, wait-spaceInterval)
