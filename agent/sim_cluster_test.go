@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -90,7 +91,7 @@ func simulate(t *testing.T, seed uint64, opts simOptions, story func(c *simClust
 			c.keep(seed)
 		}
 	}()
-	synctest.Test(t, func(t *testing.T) {
+	simBubble(t, func(t *testing.T) {
 		c.t = t
 		c.begin(opts)
 		defer c.end()
@@ -112,6 +113,41 @@ func simulate(t *testing.T, seed uint64, opts simOptions, story func(c *simClust
 	}
 	return c.h
 }
+
+// simBubble is synctest.Test, but says who is left behind instead of ending the
+// process, and lets those go that package replica says it leaves behind: who
+// waits for an answer that Raft never gives, because it shut down before.
+func simBubble(t *testing.T, f func(t *testing.T)) {
+	t.Helper()
+	failed := false
+	defer func() {
+		left := recover()
+		if left == nil {
+			return
+		}
+		if !strings.HasPrefix(fmt.Sprint(left), "deadlock: ") {
+			panic(left)
+		}
+		buf := make([]byte, 4<<20)
+		stacks := strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n")
+		stacks = slices.DeleteFunc(stacks, func(s string) bool {
+			head, _, _ := strings.Cut(s, "\n")
+			return !strings.Contains(head, "synctest bubble") || !strings.Contains(head, "(durable)") || strings.Contains(s, simOrphan)
+		})
+		if len(stacks) > 0 {
+			t.Errorf("%v (those of other tests among them):\n%s", left, strings.Join(stacks, "\n\n"))
+		}
+		if failed {
+			t.Fail()
+		}
+	}()
+	synctest.Test(t, func(t *testing.T) {
+		defer func() { failed = t.Failed() }()
+		f(t)
+	})
+}
+
+const simOrphan = "logstore/replica.(*sequencer).await.func1"
 
 // simOpsLimit is how long a history may be to be searched for an order.
 const simOpsLimit = 3000

@@ -32,9 +32,9 @@ func (c *simCluster) firstAck(nodes ...*simNode) time.Duration {
 	begin := time.Now()
 	cl := newSimClient(c, 100+len(c.h.notes))
 	defer cl.close()
-	for time.Since(begin) < simPatience {
+	for patience := simElection / 4; time.Since(begin) < simPatience; patience += simElection / 20 {
 		for _, n := range nodes {
-			if cl.append(n, 1, nil, 250*time.Millisecond).outcome == simAcked {
+			if cl.append(n, 1, nil, patience).outcome == simAcked {
 				return time.Since(begin)
 			}
 		}

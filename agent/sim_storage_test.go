@@ -77,15 +77,17 @@ func TestSimDisk(t *testing.T) {
 		begin func(n *simNode, p *simProcess)
 		// within is how soon another has to acknowledge.
 		within time.Duration
+		// moves: that other has to lead.
+		moves bool
 	}{
-		"hangs":                 {func(_ *simNode, p *simProcess) { p.disk.stall() }, 3 * simElection},
-		"hangs, reading too":    {func(_ *simNode, p *simProcess) { p.disk.pause() }, 3 * simElection},
-		"fails to sync once":    {func(_ *simNode, p *simProcess) { p.disk.failOnce("sync") }, 3 * simElection},
-		"fails to write once":   {func(_ *simNode, p *simProcess) { p.disk.failOnce("write") }, 3 * simElection},
-		"is full":               {func(n *simNode, _ *simProcess) { n.mem.SetCapacity(n.mem.Used()) }, 10 * time.Second},
-		"takes far too long":    {func(_ *simNode, p *simProcess) { p.disk.slow(3 * simElection) }, 6 * simElection},
-		"takes a bit too long":  {func(_ *simNode, p *simProcess) { p.disk.slow(simElection / 4) }, 3 * simElection},
-		"is taken away at once": {func(n *simNode, _ *simProcess) { n.kill() }, 3 * simElection},
+		"hangs":                {func(_ *simNode, p *simProcess) { p.disk.stall() }, 3 * simElection, true},
+		"hangs, reading too":   {func(_ *simNode, p *simProcess) { p.disk.pause() }, 3 * simElection, true},
+		"fails to sync once":   {func(_ *simNode, p *simProcess) { p.disk.failOnce("sync") }, 3 * simElection, true},
+		"fails to write once":  {func(_ *simNode, p *simProcess) { p.disk.failOnce("write") }, 3 * simElection, true},
+		"is full":              {func(n *simNode, _ *simProcess) { n.mem.SetCapacity(n.mem.Used()) }, 10 * time.Second, true},
+		"takes far too long":   {func(_ *simNode, p *simProcess) { p.disk.slow(3 * simElection) }, 6 * simElection, true},
+		"takes a bit too long": {func(_ *simNode, p *simProcess) { p.disk.slow(simElection / 4) }, 10 * simElection, false},
+		"is gone":              {func(n *simNode, _ *simProcess) { n.kill() }, 3 * simElection, true},
 	}
 	rounds := simRounds(t, 4)
 	seed := simSeed(t)
@@ -106,7 +108,12 @@ func TestSimDisk(t *testing.T) {
 						p, _ := leader.running()
 						c.h.note("the disk of %s %s", leader.name, name)
 						f.begin(leader, p)
-						took := c.firstAck(c.others(leader)...)
+						began := time.Now()
+						if f.moves {
+							c.awaitLeader(leader)
+						}
+						c.firstAck(c.others(leader)...)
+						took := time.Since(began)
 						slowest = max(slowest, took)
 						c.h.note("the first acknowledgement took %v", took)
 						if c.rng.IntN(2) == 0 {
