@@ -70,7 +70,7 @@ type Replica struct {
 const closeGrace = 2 * time.Second
 
 // Open starts a replica from what its directory holds. It does not wait for a
-// leader. Damage is refused with a typed error, and then nothing has changed.
+// leader. Damage is refused with ErrDamaged, and then nothing has changed.
 func Open(cfg Config) (r *Replica, err error) {
 	var opened []func() error
 	if cfg.Network != nil {
@@ -99,6 +99,9 @@ func Open(cfg Config) (r *Replica, err error) {
 	defer func() {
 		close(half.opened)
 		if err != nil {
+			if isDamage(err) && !errors.Is(err, ErrDamaged) {
+				err = fmt.Errorf("%w: %w", ErrDamaged, err)
+			}
 			if half.Err() != nil {
 				<-half.severed
 			}

@@ -72,6 +72,7 @@ func (r *Replica) watchSpace() {
 			r.space.full.Store(false)
 			r.space.short.Store(false)
 			said = false
+			wait = 0 // the next time it is full is another story
 			r.cfg.Logger.Info("there is space on the disk again", "free", free)
 		case (full || free < least) && !said:
 			r.space.full.Store(true)

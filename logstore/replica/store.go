@@ -30,7 +30,7 @@ type logStore struct {
 	// rolled is told when the log has got another segment.
 	rolled func()
 	// full is told when there was no space for entries.
-	full func()
+	full   func()
 	recent recent
 	// raft is nil until it has started.
 	raft atomic.Pointer[raft.Raft]
