@@ -63,9 +63,7 @@ var fences = []struct {
 	rooms  []string
 }{
 	{"github.com/hashicorp/raft", []string{"logstore/replica"}},
-	{"github.com/hashicorp/raft-boltdb", []string{"logstore/replica"}},
 	{"github.com/hashicorp/raft-autopilot", []string{"logstore/replica"}},
-	{"go.etcd.io/bbolt", []string{"logstore/replica"}},
 	{"github.com/tysonmote/gommap", []string{"logstore/vfs"}},
 	{"google.golang.org/grpc", []string{"agent", "agent/identity", "agent/peer", "rpc", "rpc/v1", "rpc/client", "rpc/cli"}},
 	{"github.com/hashicorp/hcl", []string{"agent/config"}},
