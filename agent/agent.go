@@ -239,12 +239,14 @@ func retention(cfg *config.Config) replica.Retention {
 	return replica.Retention{Age: cfg.Log.RetentionAge, Bytes: cfg.Log.RetentionBytes}
 }
 
-// fatal passes on what ended the replica: the process has to end, unless the
-// node can be started again.
+// fatal passes on what ended the replica. After a failure of the disk the
+// process has to end; else it is for whoever waits for Failed to act.
 func (a *Agent) fatal(die func(error)) func(error) {
 	return func(err error) {
 		a.fail(err)
-		if !Again(a.config, err) {
+		var foreign *replica.ForeignClusterError
+		var newer *replica.VersionError
+		if !Again(a.config, err) && !errors.As(err, &foreign) && !errors.As(err, &newer) {
 			die(err)
 		}
 	}

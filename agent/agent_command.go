@@ -110,7 +110,9 @@ func (c *agentCommand) Run(args []string) int {
 	signals, unsubscribe := c.signals()
 	defer unsubscribe()
 
+	var delay time.Duration
 	for {
+		began := c.now()
 		a, code, err := c.start(cfg, src, logger, signals)
 		if a != nil {
 			code, err = c.supervise(a, cfg, src, logger, signals)
@@ -122,7 +124,37 @@ func (c *agentCommand) Run(args []string) int {
 		if code, again := c.heal(cfg, logger, signals, err); !again {
 			return code
 		}
-		logger.Info("starting again")
+		if delay = min(2*delay+time.Second, maxRestartDelay); c.now().Sub(began) > steadyRun {
+			delay = 0
+		}
+		logger.Info("starting again", "in", delay)
+		if !c.pause(delay, logger, signals) {
+			return exitOK
+		}
+	}
+}
+
+// A node that ends soon after each start is started again ever more slowly.
+const (
+	steadyRun       = time.Minute
+	maxRestartDelay = 30 * time.Second
+)
+
+// pause waits, unless it is told to stop.
+func (c *agentCommand) pause(d time.Duration, logger hclog.Logger, signals <-chan os.Signal) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+			return true
+		case s := <-signals:
+			if s != syscall.SIGHUP {
+				logger.Info("stopping", "signal", s.String())
+				return false
+			}
+			logger.Warn("not reloading while the node does not run")
+		}
 	}
 }
 
