@@ -30,6 +30,7 @@ type member struct {
 	*node
 	name, dir, listen string
 	more              []string
+	lives             int
 }
 
 // startNodes starts n nodes and waits until all of them serve.
@@ -76,6 +77,23 @@ func (c *processCluster) launch(t testing.TB, m *member) {
 	args := append([]string{"-config-file", c.config, "-node", m.name, "-rpc-addr", m.listen}, m.more...)
 	m.node = launchNode(t, m.dir, args...)
 	m.addr = m.listen
+	m.lives++
+	n, name := m.node, fmt.Sprintf("%s-%d.log", m.name, m.lives)
+	t.Cleanup(func() { n.keepLog(t, name) })
+}
+
+// keepLog writes what a node logged into the folder that DIURNA_CLUSTER_LOGS
+// names; without one, the end of it is shown if the test fails.
+func (n *node) keepLog(t testing.TB, name string) {
+	text := n.stderr.text()
+	if dir := os.Getenv("DIURNA_CLUSTER_LOGS"); dir != "" {
+		file := filepath.Join(dir, strings.ReplaceAll(t.Name(), "/", "-")+"-"+name)
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Error(err)
+		}
+	} else if t.Failed() {
+		t.Logf("%s:\n%s", name, text[max(0, len(text)-8<<10):])
+	}
 }
 
 func (c *processCluster) addresses() (all []string) {
@@ -103,9 +121,6 @@ func (c *processCluster) servers(t testing.TB, what string, ok func([]client.Ser
 		select {
 		case <-time.After(100 * time.Millisecond): // another process's state: nothing to wait for
 		case <-ctx.Done():
-			for _, m := range c.nodes {
-				t.Logf("%s:\n%s", m.name, m.stderr.text())
-			}
 			t.Fatalf("waited in vain until %s; last answer: %+v", what, last)
 		}
 	}
@@ -234,7 +249,7 @@ func TestClusterLife(t *testing.T) {
 	id := nodeID(t, dead)
 	var removed bool
 	for !removed {
-		code, _, stderr := runDiurna(t, "", "operator", "raft", "remove-peer", "-addr", c.leader(t).listen, id)
+		code, _, stderr := runDiurna(t, "", "operator", "raft", "remove-peer", "-addr", c.leader(t).listen, "-peer-id", id)
 		if removed = code == exitOK; !removed && !strings.Contains(stderr, "NO_LEADER") && !strings.Contains(stderr, "leader") {
 			t.Fatalf("remove-peer: %s", stderr)
 		}
