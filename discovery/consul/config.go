@@ -76,9 +76,10 @@ type Timing struct {
 	// TTL is how long the TTL check stays as it is without an update: 15 s. It
 	// is updated every TTLUpdate: 5 s.
 	TTL, TTLUpdate time.Duration
-	// The gRPC check is made every GRPCInterval (10 s), takes at most
+	// The gRPC check is made every GRPCInterval (3 s), takes at most
 	// GRPCTimeout (3 s), and turns critical after three failures. Consul makes
-	// no check more often than once a second.
+	// no check more often than once a second. A node that is well again shows in
+	// DNS with the next one.
 	GRPCInterval, GRPCTimeout time.Duration
 	// DeregisterAfter is how long an instance may be critical before its agent
 	// forgets it: 72 h. Consul takes no less than a minute.
@@ -112,7 +113,7 @@ func (t *Timing) applyDefaults() {
 		v time.Duration
 	}{
 		{&t.TTL, 15 * time.Second}, {&t.TTLUpdate, 5 * time.Second},
-		{&t.GRPCInterval, 10 * time.Second}, {&t.GRPCTimeout, 3 * time.Second},
+		{&t.GRPCInterval, 3 * time.Second}, {&t.GRPCTimeout, 3 * time.Second},
 		{&t.DeregisterAfter, 72 * time.Hour},
 		{&t.Reconcile, 30 * time.Second}, {&t.RetryStep, time.Second}, {&t.RetryMax, 30 * time.Second},
 		{&t.Request, 10 * time.Second}, {&t.Deregister, 3 * time.Second},
