@@ -83,7 +83,7 @@ func TestChecks(t *testing.T) {
 	want := api.AgentServiceChecks{
 		{CheckID: "diurna-x:raft", Name: "Raft", TTL: "15s", Status: "critical", DeregisterCriticalServiceAfter: "72h0m0s"},
 		{CheckID: "diurna-x:grpc", Name: "gRPC", GRPC: "192.0.2.1:8400/diurna.v1.Log", GRPCUseTLS: true, TLSSkipVerify: true,
-			Interval: "10s", Timeout: "3s", FailuresBeforeCritical: 3, Status: "critical", DeregisterCriticalServiceAfter: "72h0m0s"},
+			Interval: "3s", Timeout: "3s", FailuresBeforeCritical: 3, Status: "critical", DeregisterCriticalServiceAfter: "72h0m0s"},
 	}
 	for i, got := range reg.Checks {
 		got.Notes = ""

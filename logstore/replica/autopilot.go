@@ -43,7 +43,8 @@ type AutopilotConfig struct {
 	// Default: 24 h.
 	DeadAfter time.Duration
 	// UpdateInterval and ReconcileInterval are how often health is looked at, and
-	// acted upon. Defaults: 2 s and 10 s.
+	// acted upon. Default: 2 s, so that a member that is well for long enough does
+	// not wait for much longer.
 	UpdateInterval, ReconcileInterval time.Duration
 	// Members tells what is known of members beside Raft, by id. It must not
 	// block. Default: nothing.
@@ -85,7 +86,7 @@ func (c *AutopilotConfig) applyDefaults(heartbeat time.Duration) {
 	def(&c.LeftAfter, 10*time.Minute)
 	def(&c.DeadAfter, 24*time.Hour)
 	def(&c.UpdateInterval, autopilot.DefaultUpdateInterval)
-	def(&c.ReconcileInterval, autopilot.DefaultReconcileInterval)
+	def(&c.ReconcileInterval, autopilot.DefaultUpdateInterval)
 	if c.MinQuorum == 0 {
 		c.MinQuorum = 3
 	}
