@@ -100,7 +100,10 @@ type answer struct {
 	err    error
 }
 
-// ask asks nodes, all at once, who they are.
+// ask asks nodes, all at once, who they are. Where somebody else answers than the
+// registry lists, that one counts: the registry can be behind, or lack what is
+// new there. Unless that one answers where it is listed, too: then the address
+// is a mistake.
 func ask(ctx context.Context, probe probe, nodes []discovery.Node) []answer {
 	answers := make([]answer, len(nodes))
 	var asking sync.WaitGroup
@@ -110,12 +113,26 @@ func ask(ctx context.Context, probe probe, nodes []discovery.Node) []answer {
 			defer cancel()
 			answers[i].node = n
 			answers[i].status, answers[i].err = probe(ctx, n.Address)
-			if s := answers[i].status; answers[i].err == nil && n.ID != "" && s.NodeID != n.ID {
-				answers[i].err = fmt.Errorf("node %s is said to be at %s, but there is node %s", n.ID, n.Address, s.NodeID)
-			}
 		})
 	}
 	asking.Wait()
+	home := make(map[string]bool) // ids that answer where they are listed, or where nobody is
+	for _, a := range answers {
+		if a.err == nil && (a.node.ID == "" || a.node.ID == a.status.NodeID) {
+			home[a.status.NodeID] = true
+		}
+	}
+	for i := range answers {
+		a := &answers[i]
+		switch n := a.node; {
+		case a.err != nil || n.ID == "" || n.ID == a.status.NodeID:
+		case home[a.status.NodeID]:
+			a.err = fmt.Errorf("node %s is said to be at %s, but there is node %s", n.ID, n.Address, a.status.NodeID)
+		default:
+			home[a.status.NodeID] = true
+			a.node = discovery.Node{Address: n.Address}
+		}
+	}
 	return answers
 }
 
