@@ -49,6 +49,10 @@ const (
 	// stallCheck is how often a stream that gets no answers looks whether its
 	// node still leads.
 	stallCheck = 500 * time.Millisecond
+	// failureQuiet is how long after a stream that failed another one's failure is
+	// not worth a line in the log: until there is a leader, every batch of every
+	// client may have its own.
+	failureQuiet = 10 * time.Second
 	// hintLife is how long the word of a former leader on who leads now counts
 	// for more than this node's own view.
 	hintLife = 2 * time.Second
@@ -77,6 +81,9 @@ type Forwarder struct {
 	closed  bool           // guarded by mu
 	current *forwardStream // guarded by mu
 	hint    leaderHint     // guarded by mu
+	// failed is where a stream failed last that was logged, and when.
+	failed   string    // guarded by mu
+	failedAt time.Time // guarded by mu
 }
 
 // leaderHint is what a node that had been taken for the leader said of who is.
@@ -247,13 +254,20 @@ func (f *Forwarder) learn(from string, said *NotLeaderError) {
 	f.hint = leaderHint{from: from, to: *said, until: time.Now().Add(hintLife)}
 }
 
-// doubt drops a hint that has led to a node that did not do.
-func (f *Forwarder) doubt(address string) {
+// doubt drops a hint that has led to a node that did not do, and tells whether
+// that is news.
+func (f *Forwarder) doubt(address string) (news bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.hint.to.LeaderAddress == address {
 		f.hint = leaderHint{}
 	}
+	now := time.Now()
+	if f.failed == address && now.Sub(f.failedAt) < failureQuiet {
+		return false
+	}
+	f.failed, f.failedAt = address, now
+	return true
 }
 
 // leaderAddress is who leads by this node's own view now; ok is false where it

@@ -113,8 +113,9 @@ func (st *forwardStream) run() {
 	}
 	err := st.serve()
 	if err != nil {
-		st.f.cfg.Logger.Info("a stream to the leader ended", "address", st.address, "cause", status.Convert(err).Message())
-		st.f.doubt(st.address)
+		if st.f.doubt(st.address) {
+			st.f.cfg.Logger.Info("a stream to the leader ended", "address", st.address, "cause", status.Convert(err).Message())
+		}
 	}
 	st.end(err)
 	close(st.over)
