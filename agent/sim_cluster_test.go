@@ -22,7 +22,6 @@ import (
 	"github.com/diurnalog/diurna/agent/peer/peertest"
 	"github.com/diurnalog/diurna/discovery/discoverytest"
 	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
-	"github.com/diurnalog/diurna/rpc/client"
 )
 
 // simCluster is a cluster of real agents on machines that are simulated, and
@@ -41,6 +40,7 @@ type simCluster struct {
 	founders int
 	nodes    []*simNode
 	clients  []*simClient
+	extras   int
 	level    hclog.Level
 	log      simLog
 
@@ -312,7 +312,7 @@ func (c *simCluster) audit(nodes ...*simNode) {
 	if c.awaitLeader() == nil {
 		return
 	}
-	auditor := newSimClient(c, 0)
+	auditor := c.extra()
 	defer auditor.close()
 	last := auditor.insist(nodes)
 	c.h.note("the first record was acknowledged %v after the mending", time.Since(begin))
@@ -400,9 +400,4 @@ func (c *simCluster) draw(info porcupine.LinearizationInfo) {
 		}
 	}
 	c.t.Log(err)
-}
-
-// dialFrom connects a client's machine with a node.
-func (c *simCluster) dialFrom(host, address string) (*client.Client, error) {
-	return client.Dial(address, client.WithDialer(c.net.Host(host).Dial))
 }

@@ -66,7 +66,7 @@ func (c *simCluster) awaitGroup(nodes ...*simNode) bool {
 
 // operate has somebody do what an operator asks for, however often it takes.
 func (c *simCluster) operate(what string, at []*simNode, do func(ctx context.Context, conn *client.Client) error) bool {
-	operator := newSimClient(c, 200+len(c.h.notes))
+	operator := c.extra()
 	defer operator.close()
 	return c.await(what, func() bool {
 		for _, n := range at {
@@ -294,7 +294,7 @@ func TestSimRetention(t *testing.T) {
 
 // auditFrom is audit for logs that do not begin at 0 any more.
 func (c *simCluster) auditFrom() {
-	auditor := newSimClient(c, 0)
+	auditor := c.extra()
 	defer auditor.close()
 	if auditor.insist(c.nodes) == nil || !c.awaitReady(c.nodes...) {
 		return
@@ -302,7 +302,7 @@ func (c *simCluster) auditFrom() {
 	var all []string
 	for _, n := range c.nodes {
 		c.await(n.name+" can be read from its beginning", func() bool {
-			r := auditor.read(n, simRead{client: 0, node: n.place(), linear: true}, client.ConsumeOptions{Linearizable: true})
+			r := auditor.read(n, simRead{client: auditor.id, node: n.place(), linear: true}, client.ConsumeOptions{Linearizable: true})
 			if r.why == "" && len(r.records) > 0 {
 				all = append(all, fmt.Sprint(r.records[len(r.records)-1]))
 				return true

@@ -30,7 +30,7 @@ func simSeed(t *testing.T) uint64 {
 // later, at one of some nodes is acknowledged.
 func (c *simCluster) firstAck(nodes ...*simNode) time.Duration {
 	begin := time.Now()
-	cl := newSimClient(c, 100+len(c.h.notes))
+	cl := c.extra()
 	defer cl.close()
 	for patience := simElection / 4; time.Since(begin) < simPatience; patience += simElection / 20 {
 		for _, n := range nodes {
@@ -176,7 +176,7 @@ func simZombie(t *testing.T, seed uint64, clients, rounds int) {
 			cl.limit = 60
 		}
 		zombie := c.nodes[0]
-		reader := newSimClient(c, 50)
+		reader := c.extra()
 		defer reader.close()
 		asked := 0
 		c.work(func() {
@@ -222,6 +222,36 @@ func simZombie(t *testing.T, seed uint64, clients, rounds int) {
 		})
 		if asked == 0 {
 			t.Error("nothing was asked of a leader that is none")
+		}
+		c.audit()
+	})
+}
+
+// TestSimUncommitted: a leader that is cut off from its peers still stores what
+// it is sent. Nobody may read that: it is going to be replaced.
+func TestSimUncommitted(t *testing.T) {
+	rounds := simRounds(t, 20)
+	simulate(t, simSeed(t), simOptions{clients: 1}, func(c *simCluster) {
+		c.awaitReady(c.nodes...)
+		cl := c.clients[0]
+		doubt := 0
+		for range rounds {
+			leader := c.awaitLeader()
+			c.cutOff(leader)
+			for range 1 + c.rng.IntN(4) {
+				if a := cl.append(leader, 1+c.rng.IntN(3), nil, 50*time.Millisecond); a.outcome == simUnknown {
+					doubt++
+				}
+				cl.readAll(leader, func(*simRead) {})
+			}
+			c.firstAck(c.others(leader)...)
+			cl.readAll(leader, func(*simRead) {})
+			c.join(leader)
+			c.awaitReady(c.nodes...)
+			cl.readAll(leader, func(*simRead) {})
+		}
+		if doubt == 0 {
+			t.Error("no leader that was cut off took anything")
 		}
 		c.audit()
 	})

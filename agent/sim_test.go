@@ -69,7 +69,7 @@ func simHistory(t *testing.T, seed uint64) *history {
 	faults := 1 + rng.IntN(6)
 	return simulate(t, seed, opts, func(c *simCluster) {
 		c.awaitReady(c.nodes...)
-		c.clients[0].follow = true
+		c.clients[0].follow, c.clients[1].user = true, true
 		for _, cl := range c.clients[1:] {
 			cl.limit = 40
 		}
