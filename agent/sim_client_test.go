@@ -61,7 +61,7 @@ func (cl *simClient) address(n *simNode) string {
 		return n.address()
 	}
 	var all []string
-	for _, n := range cl.c.nodes {
+	for _, n := range cl.c.all() {
 		all = append(all, n.address())
 	}
 	return strings.Join(all, ",")
@@ -133,7 +133,8 @@ func (cl *simClient) choose() *simNode {
 	if cl.liked != nil && cl.rng.IntN(2) == 0 {
 		return cl.liked
 	}
-	return cl.c.nodes[cl.rng.IntN(len(cl.c.nodes))]
+	all := cl.c.all()
+	return all[cl.rng.IntN(len(all))]
 }
 
 // one does one thing.

@@ -38,11 +38,15 @@ type simCluster struct {
 	net      *peertest.Net
 	registry *discoverytest.Registry // nil: a static list of peers
 	founders int
-	nodes    []*simNode
 	clients  []*simClient
 	extras   int
 	level    hclog.Level
 	log      simLog
+
+	// nodes are changed, under mu, and otherwise used by the goroutine that runs
+	// the schedule; all is for everybody.
+	mu    sync.Mutex
+	nodes []*simNode
 
 	processes, working sync.WaitGroup
 
@@ -180,8 +184,23 @@ func (c *simCluster) addNode(tune func(n *simNode, cfg *config.Config)) *simNode
 	if tune != nil {
 		n.tune = func(cfg *config.Config) { tune(n, cfg) }
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.nodes = append(c.nodes, n)
 	return n
+}
+
+// forget takes a machine away, which must not run.
+func (c *simCluster) forget(gone *simNode) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.nodes = slices.DeleteFunc(slices.Clone(c.nodes), func(n *simNode) bool { return n == gone })
+}
+
+func (c *simCluster) all() []*simNode {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.nodes)
 }
 
 // end stops everything there is: a bubble must be empty at its end.

@@ -196,7 +196,7 @@ func simMembers(c *simCluster) {
 			return
 		}
 		gone.shutdown()
-		c.nodes = slices.DeleteFunc(c.nodes, func(n *simNode) bool { return n == gone })
+		c.forget(gone)
 
 		// One is lost with its disk, and another takes its place, at the same
 		// address.

@@ -66,7 +66,7 @@ func simHistory(t *testing.T, seed uint64) *history {
 			cfg.Raft.CommitTimeout = 5 * time.Millisecond
 		}
 	}
-	faults := 1 + rng.IntN(6)
+	faults := 1 + rng.IntN(9)
 	return simulate(t, seed, opts, func(c *simCluster) {
 		c.awaitReady(c.nodes...)
 		c.clients[0].follow, c.clients[1].user = true, true
