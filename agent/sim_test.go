@@ -22,7 +22,7 @@ func TestSim(t *testing.T) {
 	}
 	first := uint64(vfstest.Env(t, "DIURNA_SEED", int(rand.Uint64()>>2)))
 	t.Logf("seed: DIURNA_SEED=%d", first)
-	var acked, refused, unknown, reads atomic.Int64
+	var acked, refused, unknown, reads, lives, terms atomic.Int64
 	t.Run("histories", func(t *testing.T) {
 		next := make(chan uint64)
 		for range runtime.GOMAXPROCS(0) {
@@ -36,6 +36,8 @@ func TestSim(t *testing.T) {
 						refused.Add(int64(r))
 						unknown.Add(int64(u))
 						reads.Add(int64(n))
+						lives.Add(int64(h.lives))
+						terms.Add(int64(h.terms))
 					})
 				}
 			})
@@ -47,7 +49,8 @@ func TestSim(t *testing.T) {
 			}
 		}()
 	})
-	t.Logf("%d histories: %d appends acknowledged, %d refused, %d in doubt; %d reads", histories, acked.Load(), refused.Load(), unknown.Load(), reads.Load())
+	t.Logf("%d histories: %d appends acknowledged, %d refused, %d in doubt; %d reads; %d lives of nodes, %d terms",
+		histories, acked.Load(), refused.Load(), unknown.Load(), reads.Load(), lives.Load(), terms.Load())
 	if acked.Load() == 0 || unknown.Load() == 0 {
 		t.Error("nothing was acknowledged, or nothing left in doubt")
 	}
@@ -66,7 +69,7 @@ func simHistory(t *testing.T, seed uint64) *history {
 			cfg.Raft.CommitTimeout = 5 * time.Millisecond
 		}
 	}
-	faults := 1 + rng.IntN(9)
+	faults := 2 + rng.IntN(10)
 	return simulate(t, seed, opts, func(c *simCluster) {
 		c.awaitReady(c.nodes...)
 		c.clients[0].follow, c.clients[1].user = true, true
@@ -76,5 +79,9 @@ func simHistory(t *testing.T, seed uint64) *history {
 		c.work(func() { c.mix(faults, 15*time.Second, simFaults) })
 		c.mend()
 		c.audit()
+		c.h.terms = c.term()
+		for _, n := range c.nodes {
+			c.h.lives += n.place().life
+		}
 	})
 }
