@@ -12,10 +12,12 @@ import (
 // TestSimHealing: a node whose data is damaged heals itself, and is killed or
 // loses its power at any moment of that, again and again; so do the others.
 func TestSimHealing(t *testing.T) {
+	t.Parallel()
 	clusters := simRounds(t, 8)
 	seed := simSeed(t)
 	for i := range clusters {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			t.Parallel()
 			opts := simOptions{clients: 3, registry: i%2 == 1}
 			simulate(t, seed+uint64(i), opts, func(c *simCluster) {
 				c.awaitReady(c.nodes...)
@@ -62,6 +64,7 @@ func TestSimHealing(t *testing.T) {
 // TestSimSync: a sync fails once, as far as the program can tell; then the power
 // fails, and what the kernel only believed to have written is gone.
 func TestSimSync(t *testing.T) {
+	t.Parallel()
 	rounds := simRounds(t, 12)
 	simulate(t, simSeed(t), simOptions{clients: 4}, func(c *simCluster) {
 		c.awaitReady(c.nodes...)
@@ -96,6 +99,7 @@ func TestSimSync(t *testing.T) {
 
 // TestSimFive: of five nodes, two may be gone in any way, and the rest goes on.
 func TestSimFive(t *testing.T) {
+	t.Parallel()
 	rounds := simRounds(t, 10)
 	opts := simOptions{nodes: 5, clients: 4, registry: true, tune: func(_ *simNode, cfg *config.Config) { cfg.Log.ScrubInterval = 10 * time.Second }}
 	simulate(t, simSeed(t), opts, func(c *simCluster) {
