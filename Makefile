@@ -13,6 +13,8 @@ ARGS      ?=
 DIURNA_CRASH_POINTS ?= 20000
 DIURNA_FLIPS        ?= 50000
 DIURNA_KILLS        ?= 200
+DIURNA_HISTORIES    ?= 5000
+DIURNA_ROUNDS       ?= 50
 
 GOLANGCI_LINT_VERSION      := v2.15.0
 BUF_VERSION                := v1.75.0
@@ -56,6 +58,7 @@ race: consul ## Run all tests with the race detector (needs a C compiler)
 .PHONY: soak
 soak: consul ## Run the same tests for hours: more crashes, bit flips and kills
 	DIURNA_SOAK=1 DIURNA_CRASH_POINTS=$(DIURNA_CRASH_POINTS) DIURNA_FLIPS=$(DIURNA_FLIPS) DIURNA_KILLS=$(DIURNA_KILLS) \
+		DIURNA_HISTORIES=$(DIURNA_HISTORIES) DIURNA_ROUNDS=$(DIURNA_ROUNDS) \
 		$(GO) test -count=1 -timeout 12h $(PKG)
 
 .PHONY: fuzz

@@ -23,6 +23,9 @@ type fault struct {
 	alone bool
 }
 
+// What is alone has one name.
+const lossOfData = "a copy is lost"
+
 var simFaults = []fault{
 	{name: "isolate", begin: func(c *simCluster, rng *rand.Rand) (string, func()) {
 		n := c.victim(rng)
@@ -119,7 +122,7 @@ var simFaults = []fault{
 		n := c.victim(rng)
 		n.shutdown()
 		if c.registry != nil {
-			n.port += 10
+			n.move()
 		}
 		return n.name + " to " + n.address(), n.back
 	}},
@@ -155,9 +158,13 @@ var simFaults = []fault{
 		n.mem.SetCapacity(n.mem.Used() + rng.Int64N(64<<10))
 		return n.name, func() { n.mem.SetCapacity(-1); n.back() }
 	}},
-	{name: "rot", alone: true, begin: func(c *simCluster, rng *rand.Rand) (string, func()) {
+	{name: lossOfData, alone: true, begin: func(c *simCluster, rng *rand.Rand) (string, func()) {
 		n := c.nodes[rng.IntN(len(c.nodes))]
 		n.kill()
+		if rng.IntN(3) == 0 {
+			n.mem = vfstest.New()
+			return n.name + " gets a new disk", n.back
+		}
 		where, err := rot(n.mem, rng, "/data/logs", 1+rng.IntN(3))
 		if err != nil {
 			c.t.Error(err)

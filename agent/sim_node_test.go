@@ -25,11 +25,11 @@ import (
 type simNode struct {
 	c    *simCluster
 	name string
-	port int
 	tune func(*config.Config) // what this node has different; may be nil
 	mem  *vfstest.Mem
 
 	mu      sync.Mutex
+	port    int
 	life    int
 	process *simProcess
 	exits   []error // of processes that ended by themselves
@@ -54,7 +54,18 @@ type simProcess struct {
 }
 
 // address is where the node listens in its present or next life.
-func (n *simNode) address() string { return fmt.Sprintf("%s:%d", n.name, n.port) }
+func (n *simNode) address() string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return fmt.Sprintf("%s:%d", n.name, n.port)
+}
+
+// move gives the node another address from its next life on.
+func (n *simNode) move() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.port += 10
+}
 
 // place is the life that the node is in.
 func (n *simNode) place() simPlace {

@@ -15,6 +15,7 @@ import (
 // comes back have to go on together. (What a node forgot then, all would
 // forget.)
 func TestSimPowerOfOne(t *testing.T) {
+	t.Parallel()
 	rounds := simRounds(t, 30)
 	simulate(t, simSeed(t), simOptions{clients: 1}, func(c *simCluster) {
 		c.awaitReady(c.nodes...)
@@ -48,6 +49,7 @@ func TestSimPowerOfOne(t *testing.T) {
 // TestSimPowerOfAll: all machines lose their power at the same moment, under
 // load.
 func TestSimPowerOfAll(t *testing.T) {
+	t.Parallel()
 	rounds := simRounds(t, 25)
 	simulate(t, simSeed(t), simOptions{clients: 4}, func(c *simCluster) {
 		c.awaitReady(c.nodes...)
@@ -73,6 +75,7 @@ func TestSimPowerOfAll(t *testing.T) {
 // TestSimDisk: the leader's disk fails in one way or another. Another node
 // acknowledges soon, and nothing is lost when the first comes back.
 func TestSimDisk(t *testing.T) {
+	t.Parallel()
 	faults := map[string]struct {
 		begin func(n *simNode, p *simProcess)
 		// within is how soon another has to acknowledge.
@@ -135,6 +138,7 @@ func TestSimDisk(t *testing.T) {
 
 // TestSimSlowFollower: one follower's slow disk is nobody else's business.
 func TestSimSlowFollower(t *testing.T) {
+	t.Parallel()
 	simulate(t, simSeed(t), simOptions{clients: 1}, func(c *simCluster) {
 		c.awaitReady(c.nodes...)
 		leader := c.awaitLeader()
@@ -165,10 +169,12 @@ func TestSimSlowFollower(t *testing.T) {
 // nose. Nobody ever gets to read a wrong byte, what is damaged is fetched from
 // the others, and nothing gets shorter.
 func TestSimRot(t *testing.T) {
+	t.Parallel()
 	clusters := simRounds(t, 20)
 	seed := simSeed(t)
 	for i := range clusters {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			t.Parallel()
 			opts := simOptions{clients: 4, registry: i%2 == 1, tune: func(_ *simNode, cfg *config.Config) { cfg.Log.ScrubInterval = 10 * time.Second }}
 			simulate(t, seed+uint64(i), opts, func(c *simCluster) {
 				c.awaitReady(c.nodes...)
