@@ -299,6 +299,9 @@ func (c *simCluster) mend() {
 	c.h.note("mended")
 	c.net.Heal()
 	c.calm()
+	if c.registry != nil {
+		c.registry.SetDown(false)
+	}
 	for _, n := range c.nodes {
 		c.net.Resume(n.name)
 		n.repair()

@@ -16,6 +16,7 @@ import (
 	"github.com/diurnalog/diurna/agent/peer"
 	"github.com/diurnalog/diurna/agent/peer/peertest"
 	"github.com/diurnalog/diurna/discovery"
+	"github.com/diurnalog/diurna/discovery/discoverytest"
 	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
 )
 
@@ -48,9 +49,20 @@ type simProcess struct {
 	dying sync.Once
 	ended chan struct{} // closed when nothing of it is left
 
-	mu    sync.Mutex
-	agent *Agent
-	cause error
+	mu     sync.Mutex
+	agent  *Agent
+	handle *discoverytest.Handle // its latest connection to the registry
+	cause  error
+}
+
+// hears is the process's connection to the registry; nil if it has none.
+func (p *simProcess) hears() *discoverytest.Handle {
+	if p == nil {
+		return nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.handle
 }
 
 // address is where the node listens in its present or next life.
@@ -153,7 +165,13 @@ func (p *simProcess) run(cfg *config.Config) {
 		network: p.wire,
 	}
 	if r := p.node.c.registry; r != nil {
-		opts.discover = func(cfg *config.Config) (discovery.Discovery, error) { return r.New(cfg.Cluster.Name), nil }
+		opts.discover = func(cfg *config.Config) (discovery.Discovery, error) {
+			h := r.New(cfg.Cluster.Name)
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.handle = h
+			return h, nil
+		}
 	}
 	for {
 		err := p.once(cfg, opts)
