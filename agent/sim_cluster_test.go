@@ -422,8 +422,7 @@ func (c *simCluster) again(seed uint64) string {
 	}
 }
 
-// dir is a new directory that is kept: the test's artifacts, where they are
-// asked for.
+// dir is a new directory, which is kept.
 func (c *simCluster) dir() (string, error) {
 	return os.MkdirTemp("", "diurna-"+strings.ReplaceAll(c.t.Name(), "/", "-")+"-")
 }

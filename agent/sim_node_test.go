@@ -33,7 +33,6 @@ type simNode struct {
 	port    int
 	life    int
 	process *simProcess
-	exits   []error // of processes that ended by themselves
 }
 
 // simProcess is one run of the program: it starts agents, one after another
@@ -52,7 +51,6 @@ type simProcess struct {
 	mu     sync.Mutex
 	agent  *Agent
 	handle *discoverytest.Handle // its latest connection to the registry
-	cause  error
 }
 
 // hears is the process's connection to the registry; nil if it has none.
@@ -253,13 +251,7 @@ func (p *simProcess) die(cause error) {
 	p.dying.Do(func() {
 		p.wire.cut()
 		p.disk.cut()
-		p.mu.Lock()
-		p.cause = cause
-		p.mu.Unlock()
 		close(p.died)
-		p.node.mu.Lock()
-		p.node.exits = append(p.node.exits, cause)
-		p.node.mu.Unlock()
 		p.node.c.h.note("%s ends: %v", p.node.name, cause)
 	})
 }
@@ -361,7 +353,7 @@ func (w *simWire) cut() {
 
 var _ peer.Network = (*simWire)(nil)
 
-// simLogger prefixes lines with a node's name, and knows the bubble's time.
+// logger prefixes lines with a node's name; their time is the bubble's.
 func (c *simCluster) logger(name string) hclog.Logger {
 	return hclog.New(&hclog.LoggerOptions{Name: name, Output: &c.log, Level: c.level, TimeFormat: "04:05.000000"})
 }
