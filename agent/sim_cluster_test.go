@@ -274,12 +274,15 @@ func names(nodes []*simNode) (all []string) {
 	return all
 }
 
-// awaitLeader waits until somebody but some leads, and returns it.
+// awaitLeader waits until somebody but some leads, and returns it. The test ends
+// where that does not happen.
 func (c *simCluster) awaitLeader(but ...*simNode) (leader *simNode) {
-	c.await("somebody leads", func() bool {
+	if !c.await("somebody leads", func() bool {
 		leader = c.leader()
 		return leader != nil && !slices.Contains(but, leader)
-	})
+	}) {
+		c.t.FailNow()
+	}
 	return leader
 }
 
@@ -289,9 +292,10 @@ func (c *simCluster) work(while func()) {
 	for _, cl := range c.clients {
 		c.working.Go(func() { cl.run(ctx) })
 	}
+	// Also when while ends the test.
+	defer c.working.Wait()
+	defer cancel()
 	while()
-	cancel()
-	c.working.Wait()
 }
 
 // mend takes back everything that is wrong, and starts what does not run.
@@ -299,6 +303,9 @@ func (c *simCluster) mend() {
 	c.h.note("mended")
 	c.net.Heal()
 	c.calm()
+	if c.registry != nil {
+		c.registry.SetDown(false)
+	}
 	for _, n := range c.nodes {
 		c.net.Resume(n.name)
 		n.repair()
@@ -335,9 +342,7 @@ func (c *simCluster) audit(nodes ...*simNode) {
 		nodes = c.nodes
 	}
 	begin := time.Now()
-	if c.awaitLeader() == nil {
-		return
-	}
+	c.awaitLeader()
 	auditor := c.extra()
 	defer auditor.close()
 	last := auditor.insist(nodes)
@@ -419,8 +424,7 @@ func (c *simCluster) again(seed uint64) string {
 	}
 }
 
-// dir is a new directory that is kept: the test's artifacts, where they are
-// asked for.
+// dir is a new directory, which is kept.
 func (c *simCluster) dir() (string, error) {
 	return os.MkdirTemp("", "diurna-"+strings.ReplaceAll(c.t.Name(), "/", "-")+"-")
 }

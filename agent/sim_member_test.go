@@ -183,7 +183,15 @@ func simMembers(c *simCluster) {
 		c.h.note("%s is to be removed", gone.name)
 		over := trouble(gone)
 		time.Sleep(millis(c.rng, 2000))
-		if !c.remove(gone) {
+		if _, a := gone.running(); a != nil && c.rng.IntN(2) == 0 {
+			c.h.note("it leaves on its own")
+			if !c.operate(gone.name+" leaves", []*simNode{gone}, func(ctx context.Context, conn *client.Client) error {
+				_, err := conn.Leave(ctx, gone.id())
+				return err
+			}) {
+				return
+			}
+		} else if !c.remove(gone) {
 			return
 		}
 		over()
@@ -320,5 +328,105 @@ func (c *simCluster) auditFrom() {
 	}
 	if len(slices.Compact(all)) != 1 {
 		c.t.Errorf("(h) the logs end with %s", strings.Join(all, ", "))
+	}
+}
+
+// TestSimRegistry: whatever the registry says, or does not, and whoever is away
+// at the same time, no node is removed: three are what was asked for.
+func TestSimRegistry(t *testing.T) {
+	t.Parallel()
+	rounds := simRounds(t, 30)
+	opts := simOptions{clients: 3, registry: true, tune: func(_ *simNode, cfg *config.Config) {
+		cfg.Membership.LeftAfter, cfg.Membership.DeadAfter, cfg.Membership.CleanupDead = 3*time.Second, 10*time.Second, true
+	}}
+	simulate(t, simSeed(t), opts, func(c *simCluster) {
+		c.awaitReady(c.nodes...)
+		for _, cl := range c.clients {
+			cl.limit, cl.think = 3*rounds, time.Second
+		}
+		c.work(func() {
+			for range rounds {
+				what, end := c.loseRegistry(c.rng)
+				c.h.note("the registry: %s", what)
+				n := c.victim(c.rng)
+				switch c.rng.IntN(4) {
+				case 0:
+					c.h.note("%s is isolated", n.name)
+					c.net.Isolate(n.name)
+				case 1:
+					c.h.note("%s loses its power", n.name)
+					n.power(c.rng, vfstest.None)
+					if c.rng.IntN(2) == 0 {
+						n.start()
+					}
+				}
+				time.Sleep(millis(c.rng, 15000))
+				if end != nil {
+					end()
+				}
+				c.net.Heal()
+				n.back()
+				if c.rng.IntN(2) == 0 {
+					c.awaitReady(c.nodes...)
+				}
+			}
+		})
+		c.mend()
+		c.awaitGroup(c.nodes...)
+		c.audit()
+	})
+}
+
+// TestSimTooMuchDamage: two copies of three are damaged. Nobody begins anew
+// then: what is left, in all three, is all there is.
+func TestSimTooMuchDamage(t *testing.T) {
+	t.Parallel()
+	for _, registry := range []bool{false, true} {
+		t.Run(fmt.Sprintf("registry %v", registry), func(t *testing.T) {
+			t.Parallel()
+			simulate(t, 1, simOptions{registry: registry}, func(c *simCluster) {
+				c.awaitReady(c.nodes...)
+				cl := c.extra()
+				defer cl.close()
+				for range 20 {
+					cl.append(c.nodes[0], 4, nil, 2*time.Second)
+				}
+				c.powerAll(c.rng, vfstest.None, c.nodes)
+				const file = "/data/logs/default/CURRENT"
+				before := map[*simNode]string{}
+				var whole []byte
+				for _, n := range c.nodes {
+					before[n] = n.id()
+					if n == c.nodes[2] {
+						break
+					}
+					if err := n.mem.Mutate(file, func(b []byte) []byte {
+						whole = slices.Clone(b)
+						b[len(b)/2] ^= 4
+						return b
+					}); err != nil {
+						t.Fatal(err)
+					}
+				}
+				for _, n := range c.nodes {
+					n.start()
+				}
+				time.Sleep(simPatience)
+				for _, n := range c.nodes {
+					if n.id() != before[n] {
+						t.Errorf("%s began anew, with nobody to get the log from", n.name)
+					}
+				}
+				// Somebody restores one of the two.
+				c.nodes[1].shutdown()
+				if err := c.nodes[1].mem.Mutate(file, func([]byte) []byte { return whole }); err != nil {
+					t.Fatal(err)
+				}
+				c.nodes[1].start()
+				c.awaitReady(c.nodes...)
+				c.awaitGroup(c.nodes...)
+				c.audit()
+			})
+		})
 	}
 }

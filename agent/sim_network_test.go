@@ -16,9 +16,10 @@ import (
 // for more.
 func simRounds(t *testing.T, def int) int {
 	t.Helper()
-	if testing.Short() {
-		def = max(1, def/10)
+	if def /= simScale; testing.Short() {
+		def /= 10
 	}
+	def = max(def, 1)
 	return vfstest.Env(t, "DIURNA_ROUNDS", def)
 }
 

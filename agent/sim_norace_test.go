@@ -2,5 +2,4 @@
 
 package agent
 
-// simHistories is how many random histories make a test.
-const simHistories = 200
+const simScale = 1

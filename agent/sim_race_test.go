@@ -2,6 +2,6 @@
 
 package agent
 
-// simHistories is how many random histories make a test: each takes ten times
-// as long with the race detector.
-const simHistories = 30
+// simScale is by how much less is simulated with the race detector, which takes
+// that much longer.
+const simScale = 8

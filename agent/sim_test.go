@@ -16,7 +16,7 @@ import (
 // and holds each against what is promised and against some sequential order.
 // DIURNA_HISTORIES says how many, DIURNA_SEED from which one on.
 func TestSim(t *testing.T) {
-	histories := vfstest.Env(t, "DIURNA_HISTORIES", simHistories)
+	histories := vfstest.Env(t, "DIURNA_HISTORIES", 200/simScale)
 	if testing.Short() {
 		histories = min(histories, 10)
 	}
