@@ -41,13 +41,7 @@ func startLoad(t testing.TB, n int, addresses []string) *load {
 // stop ends the load and compares what it was told with what each node has.
 func (l *load) stop(t testing.TB, c *processCluster) (acked int) {
 	t.Helper()
-	l.cancel()
-	l.running.Wait()
-	for _, err := range l.errs {
-		if err != nil {
-			t.Error(err)
-		}
-	}
+	l.end(t)
 	unknown := 0
 	var first []string
 	for i, m := range c.nodes {

@@ -36,6 +36,14 @@ type member struct {
 // startNodes starts n nodes and waits until all of them serve.
 func startNodes(t testing.TB, n int, settings string) *processCluster {
 	t.Helper()
+	c := prepareNodes(t, n, settings)
+	c.start(t, n)
+	return c
+}
+
+// prepareNodes makes all that n nodes need, and starts none yet.
+func prepareNodes(t testing.TB, n int, settings string) *processCluster {
+	t.Helper()
 	c := &processCluster{consul: consultest.Start(t, consultest.Options{}), dir: t.TempDir()}
 	c.config = filepath.Join(c.dir, "cluster.hcl")
 	text := fmt.Sprintf(`
@@ -52,24 +60,31 @@ func startNodes(t testing.TB, n int, settings string) *processCluster {
 	if err := os.WriteFile(c.config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	return c
+}
+
+func (c *processCluster) start(t testing.TB, n int) {
+	t.Helper()
 	for range n {
 		c.add(t)
 	}
 	for _, m := range c.nodes {
 		m.awaitReady(t)
 	}
-	return c
 }
 
 // add launches one more node.
 func (c *processCluster) add(t testing.TB, more ...string) *member {
 	t.Helper()
 	name := fmt.Sprintf("n%d", len(c.nodes)+1)
-	m := &member{name: name, dir: filepath.Join(c.dir, name), listen: freeAddress(t), more: more}
+	m := &member{name: name, dir: c.dataDir(name), listen: freeAddress(t), more: more}
 	c.nodes = append(c.nodes, m)
 	c.launch(t, m)
 	return m
 }
+
+// dataDir is where a node's data is.
+func (c *processCluster) dataDir(name string) string { return filepath.Join(c.dir, name) }
 
 // launch runs a node that does not run. It does not wait for it.
 func (c *processCluster) launch(t testing.TB, m *member) {
