@@ -146,3 +146,48 @@ func TestSimFive(t *testing.T) {
 		c.audit()
 	})
 }
+
+// TestSimVotes: nodes lose their power in the middle of elections. What a node
+// voted it must not forget: it would vote again, for another leader of the same
+// term.
+func TestSimVotes(t *testing.T) {
+	t.Parallel()
+	rounds := simRounds(t, 40)
+	simulate(t, simSeed(t), simOptions{clients: 4}, func(c *simCluster) {
+		c.awaitReady(c.nodes...)
+		for _, cl := range c.clients {
+			cl.limit, cl.think = 10*rounds, time.Second/4
+		}
+		c.work(func() {
+			for range rounds {
+				// Somebody votes, and leads or makes somebody lead; then it forgets,
+				// and the other one of the three wants to be elected by it.
+				a := c.awaitLeader()
+				c.net.Isolate(a.name)
+				b, d := c.others(a)[0], c.others(a)[1]
+				if c.rng.IntN(2) == 0 {
+					b, d = d, b
+				}
+				term := c.term()
+				c.await("an election begins", func() bool {
+					_, x := b.running()
+					_, y := d.running()
+					return x == nil || y == nil || x.replica.Status().Term > term || y.replica.Status().Term > term
+				})
+				time.Sleep(time.Duration(c.rng.Int64N(int64(20 * time.Millisecond))))
+				c.h.note("%s loses its power in an election", b.name)
+				c.net.Heal()
+				c.net.Isolate(d.name)
+				b.power(c.rng, vfstest.None)
+				b.start()
+				c.firstAck(a, b)
+				c.net.Heal()
+				if c.rng.IntN(2) == 0 {
+					c.awaitReady(c.nodes...)
+				}
+			}
+		})
+		c.mend()
+		c.audit()
+	})
+}
