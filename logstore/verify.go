@@ -8,9 +8,10 @@ import (
 )
 
 // Verify reads the log from the disk, from the segment that holds the entry at
-// index from to what is the last durable entry when it gets there, and checks
-// every frame against its checksums and against the frame before. An index
-// below the log's first one means that, one above the last one nothing.
+// index from to what is the last durable entry when it begins, or some way
+// beyond, and checks every frame against its checksums and against the frame
+// before. It comes to an end while others append. An index below the log's
+// first one means that, one above the last one nothing.
 //
 // It returns the index to go on from: that of the entry behind the last one
 // that is known to be good. An error ends it: a *CorruptError for damage (from
@@ -26,13 +27,14 @@ import (
 // not checked. Several may run at once.
 func (l *Log) Verify(ctx context.Context, from uint64, pace func(bytes int) error) (next uint64, err error) {
 	next = from
+	last := l.state.Load().tail.index
 	for {
 		if err := ctx.Err(); err != nil {
 			return next, err
 		}
 		st := l.state.Load()
 		next = max(next, st.segs[0].firstIndex)
-		if next > st.tail.index {
+		if next > min(last, st.tail.index) {
 			return next, nil
 		}
 		good, err := l.verifySegment(ctx, st, st.segmentOf(next), pace)

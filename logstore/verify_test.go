@@ -320,3 +320,28 @@ func TestVerifyLooksAgain(t *testing.T) {
 		t.Errorf("%d, %v", next, err)
 	}
 }
+
+// TestVerifyComesToAnEnd: although before every read something is appended.
+func TestVerifyComesToAnEnd(t *testing.T) {
+	l := mustOpen(t, Options{FS: vfstest.New(), SegmentSize: MinSegmentSize})
+	next, offset := uint64(1), uint64(0)
+	appendOne := func() {
+		must(t, l.Append([]Entry{{Index: next, Term: 1, Count: 1, BaseOffset: offset, Payload: make([]byte, 1000)}}))
+		next, offset = next+1, offset+1
+	}
+	for range 10 {
+		appendOne()
+	}
+	reads := 0
+	got, err := l.Verify(t.Context(), 0, func(int) error {
+		if reads++; reads > 1000 {
+			return errors.New("it runs after the end")
+		}
+		appendOne()
+		return nil
+	})
+	if err != nil || got < 11 {
+		t.Errorf("%d, %v after %d reads", got, err, reads)
+	}
+	must(t, l.Close())
+}
