@@ -514,7 +514,9 @@ func (a *Agent) Reload(cfg *config.Config) []config.Change {
 		}
 	}
 	a.logger.SetLevel(hclog.LevelFromString(cfg.LogLevel))
-	a.replica.SetRetention(retention(cfg))
+	if err := a.replica.SetRetention(retention(cfg)); err != nil {
+		a.logger.Error("retention stays as it is", "error", err)
+	}
 	// What needs a restart stays what it is, so that the next reload says so
 	// again.
 	a.config = withLive(a.config, cfg)

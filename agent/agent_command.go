@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime"
 	"sync"
 	"syscall"
 	"time"
@@ -104,7 +105,8 @@ func (c *agentCommand) Run(args []string) int {
 	if !ok {
 		return exitUsage
 	}
-	ballast = make([]byte, ballastBytes)
+	held := ballast()
+	defer runtime.KeepAlive(held)
 	logger := newLogger(cfg, c.stderr)
 	// Before anything that a signal would have to end cleanly.
 	signals, unsubscribe := c.signals()

@@ -150,27 +150,27 @@ func report(b *testing.B, contenders []contender, figures [][rowCount][]figure, 
 	fmt.Fprintf(&out, "\nRecords of 1 KiB on %d processors, median of %d rounds: records/s (latency of an append), processor time of all per record\n\n", runtime.NumCPU(), rounds)
 	w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
 	for _, c := range contenders {
-		fmt.Fprintf(w, "\t%s", c.name)
+		_, _ = fmt.Fprintf(w, "\t%s", c.name)
 	}
 	for _, c := range contenders[1:] {
-		fmt.Fprintf(w, "\tratio to %s", c.name)
+		_, _ = fmt.Fprintf(w, "\tratio to %s", c.name)
 	}
-	fmt.Fprintln(w)
+	_, _ = fmt.Fprintln(w)
 	var rows []row
 	for i, name := range rowNames {
 		r := row{What: name, Figures: map[string]figure{}, All: map[string][]figure{}, Ratios: map[string]float64{}}
-		fmt.Fprint(w, name)
+		_, _ = fmt.Fprint(w, name)
 		for j, c := range contenders {
 			f := median(figures[j][i])
 			r.Figures[c.name], r.All[c.name] = f, figures[j][i]
-			fmt.Fprintf(w, "\t%s", f)
+			_, _ = fmt.Fprintf(w, "\t%s", f)
 		}
 		for _, c := range contenders[1:] {
 			ratio := r.Figures[contenders[0].name].Rate / r.Figures[c.name].Rate
 			r.Ratios[c.name] = ratio
-			fmt.Fprintf(w, "\t%.2f", ratio)
+			_, _ = fmt.Fprintf(w, "\t%.2f", ratio)
 		}
-		fmt.Fprintln(w)
+		_, _ = fmt.Fprintln(w)
 		rows = append(rows, r)
 	}
 	if err := w.Flush(); err != nil {

@@ -541,7 +541,7 @@ func testDiskFull(t *testing.T, minFree string) {
 	check(next)
 	if minFree != "0B" {
 		_, err := c.Produce(t.Context(), []*client.Record{{Value: []byte("x")}})
-		wantReason(t, err, "DISK_FULL")
+		_ = wantReason(t, err, "DISK_FULL")
 	}
 
 	if err := os.Remove(ballast); err != nil {
@@ -557,16 +557,11 @@ func testDiskFull(t *testing.T, minFree string) {
 			break
 		}
 		// The disk is looked at from time to time.
-		wantReason(t, err, "DISK_FULL")
+		_ = wantReason(t, err, "DISK_FULL")
 	}
 	check(next)
 	if more := fill(); more <= next {
 		t.Errorf("full again at %d, was %d", more, next)
 	}
 	n.terminate(t)
-}
-
-func lastLine(text string) string {
-	lines := strings.Split(strings.TrimSpace(text), "\n")
-	return lines[len(lines)-1]
 }

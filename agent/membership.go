@@ -89,6 +89,7 @@ func (m *membership) reconcile(ctx context.Context) {
 	}
 	answers = m.ours(answers)
 	m.neighbours.remember(answers)
+	m.neighbours.forget(servers)
 	m.watch(servers, answers)
 	if !slices.ContainsFunc(servers, func(s replica.Server) bool { return s.Leader && s.ID == self.ID }) {
 		m.recorded = false

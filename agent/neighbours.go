@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 	"github.com/diurnalog/diurna/agent/peer"
 	"github.com/diurnalog/diurna/discovery"
 	"github.com/diurnalog/diurna/discovery/consul"
+	"github.com/diurnalog/diurna/logstore/replica"
 	"github.com/diurnalog/diurna/rpc"
 )
 
@@ -175,5 +177,31 @@ func (n *neighbours) remember(answers []answer) {
 	}
 	if err := n.book.Update(found); err != nil {
 		n.logger.Warn("cannot remember where the other nodes are", "error", err)
+	}
+}
+
+// forgetAfter is how long a node that is in neither Raft's configuration nor the
+// registry is still looked for: it may be one that all of them have lost sight of.
+const forgetAfter = 24 * time.Hour
+
+// forget drops nodes that have been gone for long, so that nobody asks for them
+// for ever.
+func (n *neighbours) forget(servers []replica.Server) {
+	if len(servers) == 0 {
+		return
+	}
+	listed := n.discovery.Latest()
+	var gone []string
+	for id, e := range n.book.All() {
+		_, there := listed.Find(id)
+		if !there && time.Since(e.Seen) > forgetAfter && !slices.ContainsFunc(servers, func(s replica.Server) bool { return s.ID == id }) {
+			gone = append(gone, id)
+		}
+	}
+	if len(gone) == 0 {
+		return
+	}
+	if err := n.book.Forget(gone...); err != nil {
+		n.logger.Warn("cannot forget nodes that are gone", "error", err)
 	}
 }

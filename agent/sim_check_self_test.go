@@ -13,7 +13,6 @@ import (
 // but for what is left open.
 type story struct {
 	*history
-	log []simRecord
 }
 
 func newStory() *story { return &story{history: newHistory()} }

@@ -91,7 +91,7 @@ func (c *checker) read(r *simRead) {
 	next := r.from
 	var last int64
 	for i, rec := range r.records {
-		if rec.offset != next && !(i == 0 && r.final) {
+		if rec.offset != next && (i != 0 || !r.final) {
 			c.fail("d", "a read at %v returned offset %d where %d is due", r.node, rec.offset, next)
 		}
 		next = rec.offset + 1

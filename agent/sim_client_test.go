@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -28,6 +29,9 @@ type simClient struct {
 	limit  int      // of operations; 0 is none
 	think  time.Duration
 	follow bool // it does nothing but follow the log
+	// user: it leaves it to package client which node to use, and to try again.
+	// All others want to know which node said what.
+	user bool
 }
 
 func newSimClient(c *simCluster, id int) *simClient {
@@ -37,6 +41,13 @@ func newSimClient(c *simCluster, id int) *simClient {
 	}
 }
 
+// extra is one more client, which does only what it is told. It has to be
+// closed.
+func (c *simCluster) extra() *simClient {
+	c.extras++
+	return newSimClient(c, 100+c.extras)
+}
+
 func (cl *simClient) close() {
 	for _, conn := range cl.conns {
 		_ = conn.Close() // it may have been closed by the network
@@ -44,13 +55,29 @@ func (cl *simClient) close() {
 	clear(cl.conns)
 }
 
+// address is where the client finds a node, or all of them.
+func (cl *simClient) address(n *simNode) string {
+	if !cl.user {
+		return n.address()
+	}
+	var all []string
+	for _, n := range cl.c.all() {
+		all = append(all, n.address())
+	}
+	return strings.Join(all, ",")
+}
+
 // conn returns a connection to a node, as it is addressed now.
 func (cl *simClient) conn(n *simNode) *client.Client {
-	address := n.address()
+	address := cl.address(n)
 	conn := cl.conns[address]
 	if conn == nil {
+		opts := []client.Option{client.WithDialer(cl.c.net.Host(cl.host).Dial)}
+		if !cl.user {
+			opts = append(opts, client.WithRetry(0))
+		}
 		var err error
-		if conn, err = cl.c.dialFrom(cl.host, address); err != nil {
+		if conn, err = client.Dial(address, opts...); err != nil {
 			panic(err)
 		}
 		cl.conns[address] = conn
@@ -58,13 +85,21 @@ func (cl *simClient) conn(n *simNode) *client.Client {
 	return conn
 }
 
+// place is what is known of where an answer comes from.
+func (cl *simClient) place(n *simNode) simPlace {
+	if cl.user {
+		return simPlace{"some node", 0}
+	}
+	return n.place()
+}
+
 // drop forgets a connection that is of no use: gRPC would wait longer and
 // longer before it tries again, and this client has little time.
 func (cl *simClient) drop(n *simNode, err error) {
 	var e *client.Error
 	if errors.As(err, &e) && (e.Reason == client.ReasonUnreachable || e.Reason == client.ReasonConnectionLost || e.Reason == client.ReasonTimeout) {
-		address := n.address()
-		if conn := cl.conns[address]; conn != nil {
+		address := cl.address(n)
+		if conn := cl.conns[address]; conn != nil && !cl.user {
 			_ = conn.Close()
 			delete(cl.conns, address)
 		}
@@ -98,7 +133,8 @@ func (cl *simClient) choose() *simNode {
 	if cl.liked != nil && cl.rng.IntN(2) == 0 {
 		return cl.liked
 	}
-	return cl.c.nodes[cl.rng.IntN(len(cl.c.nodes))]
+	all := cl.c.all()
+	return all[cl.rng.IntN(len(all))]
 }
 
 // one does one thing.
@@ -160,7 +196,7 @@ func (cl *simClient) records(batch, count int) (records []*client.Record) {
 }
 
 func (cl *simClient) try(n *simNode, attempt simAppend, timeout time.Duration) *simAppend {
-	attempt.node = n.place()
+	attempt.node = cl.place(n)
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	var opts []client.ProduceOption
@@ -225,7 +261,7 @@ func (cl *simClient) produceStream(n *simNode, batches int) {
 	}
 	for i := range batches {
 		cl.batch++
-		a := cl.c.h.beginAppend(simAppend{client: cl.id, batch: cl.batch, count: 1, stream: stream, position: i, node: n.place()})
+		a := cl.c.h.beginAppend(simAppend{client: cl.id, batch: cl.batch, count: 1, stream: stream, position: i, node: cl.place(n)})
 		cl.c.h.mu.Lock()
 		attempts = append(attempts, a)
 		cl.c.h.mu.Unlock()
@@ -257,14 +293,14 @@ func (cl *simClient) produceStream(n *simNode, batches int) {
 
 // readAll reads all of the log that a node shows.
 func (cl *simClient) readAll(n *simNode, change func(*simRead)) *simRead {
-	r := simRead{client: cl.id, node: n.place()}
+	r := simRead{client: cl.id, node: cl.place(n)}
 	change(&r)
 	return cl.read(n, r, client.ConsumeOptions{Start: client.AtOffset(0), Linearizable: r.linear})
 }
 
 // get reads one record, linearizably.
 func (cl *simClient) get(n *simNode, offset uint64) *simRead {
-	return cl.read(n, simRead{client: cl.id, node: n.place(), linear: true, from: offset, limit: 1},
+	return cl.read(n, simRead{client: cl.id, node: cl.place(n), linear: true, from: offset, limit: 1},
 		client.ConsumeOptions{Start: client.AtOffset(offset), MaxRecords: 1, Linearizable: true})
 }
 
@@ -295,8 +331,8 @@ func (cl *simClient) read(n *simNode, read simRead, opts client.ConsumeOptions) 
 		case err != nil:
 			r.why = err.Error()
 		}
-		if n.place() != r.node {
-			// It was started again meanwhile; who knows which life this was.
+		if cl.user || n.place() != r.node {
+			// Some node, or one that was started again meanwhile.
 			r.node.life = -int(r.call)
 		}
 	})
@@ -329,7 +365,7 @@ func (cl *simClient) consume(ctx context.Context, conn *client.Client, opts clie
 func (cl *simClient) following(ctx context.Context, n *simNode) {
 	ctx, cancel := context.WithTimeout(ctx, 10*cl.timeout())
 	defer cancel()
-	r := cl.c.h.beginRead(simRead{client: cl.id, node: n.place(), from: cl.tail})
+	r := cl.c.h.beginRead(simRead{client: cl.id, node: cl.place(n), from: cl.tail})
 	_, err := cl.consume(ctx, cl.conn(n), client.ConsumeOptions{Start: client.AtOffset(cl.tail), Follow: true}, func(rec simRecord) {
 		cl.c.h.mu.Lock()
 		defer cl.c.h.mu.Unlock()

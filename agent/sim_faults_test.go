@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/diurnalog/diurna/agent/peer/peertest"
+	"github.com/diurnalog/diurna/discovery"
 	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
 )
 
@@ -22,6 +23,9 @@ type fault struct {
 	// take away more than what the cluster promises to survive.
 	alone bool
 }
+
+// What is alone has one name.
+const lossOfData = "a copy is lost"
 
 var simFaults = []fault{
 	{name: "isolate", begin: func(c *simCluster, rng *rand.Rand) (string, func()) {
@@ -119,7 +123,7 @@ var simFaults = []fault{
 		n := c.victim(rng)
 		n.shutdown()
 		if c.registry != nil {
-			n.port += 10
+			n.move()
 		}
 		return n.name + " to " + n.address(), n.back
 	}},
@@ -155,9 +159,16 @@ var simFaults = []fault{
 		n.mem.SetCapacity(n.mem.Used() + rng.Int64N(64<<10))
 		return n.name, func() { n.mem.SetCapacity(-1); n.back() }
 	}},
-	{name: "rot", alone: true, begin: func(c *simCluster, rng *rand.Rand) (string, func()) {
+	{name: "no registry", begin: func(c *simCluster, rng *rand.Rand) (string, func()) {
+		return c.loseRegistry(rng)
+	}},
+	{name: lossOfData, alone: true, begin: func(c *simCluster, rng *rand.Rand) (string, func()) {
 		n := c.nodes[rng.IntN(len(c.nodes))]
 		n.kill()
+		if rng.IntN(3) == 0 {
+			n.mem = vfstest.New()
+			return n.name + " gets a new disk", n.back
+		}
 		where, err := rot(n.mem, rng, "/data/logs", 1+rng.IntN(3))
 		if err != nil {
 			c.t.Error(err)
@@ -168,6 +179,37 @@ var simFaults = []fault{
 
 func millis(rng *rand.Rand, most int) time.Duration {
 	return time.Duration(1+rng.IntN(most)) * time.Millisecond
+}
+
+// loseRegistry does one of the things to it that registries do.
+func (c *simCluster) loseRegistry(rng *rand.Rand) (what string, end func()) {
+	n := c.victim(rng)
+	p, _ := n.running()
+	h := p.hears()
+	switch at := rng.IntN(6); {
+	case c.registry == nil:
+		return "there is none", nil
+	case at == 0:
+		c.registry.SetDown(true)
+		return "it is down", func() { c.registry.SetDown(false) }
+	case at == 1:
+		c.registry.Wipe()
+		return "it is wiped", nil
+	case h == nil:
+		return n.name + " does not hear it", nil
+	case at == 2:
+		h.SetDown(true)
+		return n.name + " does not reach it", func() { h.SetDown(false) }
+	case at == 3:
+		h.SetStale(true)
+		return n.name + " hears old things", func() { h.SetStale(false) }
+	case at == 4:
+		h.SetEmpty(true)
+		return n.name + " hears of nobody", func() { h.SetEmpty(false) }
+	default:
+		h.SetHidden(func(o discovery.Node) bool { return o.Name != n.name })
+		return n.name + " hears of itself only", func() { h.SetHidden(nil) }
+	}
 }
 
 // victim is the leader as often as not.

@@ -23,6 +23,9 @@ type history struct {
 	appends []*simAppend
 	reads   []*simRead
 	notes   []simNote
+	// How much happened to the nodes: their lives, and the last term.
+	lives int
+	terms uint64
 }
 
 func newHistory() *history { return &history{began: time.Now()} }

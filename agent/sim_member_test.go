@@ -66,7 +66,7 @@ func (c *simCluster) awaitGroup(nodes ...*simNode) bool {
 
 // operate has somebody do what an operator asks for, however often it takes.
 func (c *simCluster) operate(what string, at []*simNode, do func(ctx context.Context, conn *client.Client) error) bool {
-	operator := newSimClient(c, 200+len(c.h.notes))
+	operator := c.extra()
 	defer operator.close()
 	return c.await(what, func() bool {
 		for _, n := range at {
@@ -110,11 +110,13 @@ func (c *simCluster) take(n *simNode) bool {
 // TestSimMembers: nodes join, are removed and are replaced, one after another,
 // while others lose their power or their network, under load.
 func TestSimMembers(t *testing.T) {
+	t.Parallel()
 	clusters := simRounds(t, 6)
 	seed := simSeed(t)
 	for i := range clusters {
 		for _, registry := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%d, registry %v", i, registry), func(t *testing.T) {
+				t.Parallel()
 				simulate(t, seed+uint64(i), simOptions{clients: 4, registry: registry}, func(c *simCluster) { simMembers(c) })
 			})
 		}
@@ -181,7 +183,15 @@ func simMembers(c *simCluster) {
 		c.h.note("%s is to be removed", gone.name)
 		over := trouble(gone)
 		time.Sleep(millis(c.rng, 2000))
-		if !c.remove(gone) {
+		if _, a := gone.running(); a != nil && c.rng.IntN(2) == 0 {
+			c.h.note("it leaves on its own")
+			if !c.operate(gone.name+" leaves", []*simNode{gone}, func(ctx context.Context, conn *client.Client) error {
+				_, err := conn.Leave(ctx, gone.id())
+				return err
+			}) {
+				return
+			}
+		} else if !c.remove(gone) {
 			return
 		}
 		over()
@@ -196,7 +206,7 @@ func simMembers(c *simCluster) {
 			return
 		}
 		gone.shutdown()
-		c.nodes = slices.DeleteFunc(c.nodes, func(n *simNode) bool { return n == gone })
+		c.forget(gone)
 
 		// One is lost with its disk, and another takes its place, at the same
 		// address.
@@ -220,8 +230,10 @@ func simMembers(c *simCluster) {
 // same name and at the same address. It must not vote with nothing: it has to
 // get the log first.
 func TestSimNewDisks(t *testing.T) {
+	t.Parallel()
 	for _, registry := range []bool{false, true} {
 		t.Run(fmt.Sprintf("registry %v", registry), func(t *testing.T) {
+			t.Parallel()
 			simulate(t, simSeed(t), simOptions{clients: 3, registry: registry}, func(c *simCluster) {
 				c.awaitReady(c.nodes...)
 				for _, cl := range c.clients {
@@ -253,6 +265,7 @@ func TestSimNewDisks(t *testing.T) {
 // TestSimRetention: a node that was away while the others deleted what it lacks
 // gets a snapshot, and the network breaks while it does.
 func TestSimRetention(t *testing.T) {
+	t.Parallel()
 	rounds := simRounds(t, 4)
 	opts := simOptions{clients: 1, tune: func(_ *simNode, cfg *config.Config) { cfg.Log.RetentionBytes = 4 * simSegment }}
 	simulate(t, simSeed(t), opts, func(c *simCluster) {
@@ -260,17 +273,19 @@ func TestSimRetention(t *testing.T) {
 		cl := c.clients[0]
 		for range rounds {
 			away := c.nodes[c.rng.IntN(len(c.nodes))]
+			_, a := away.running()
+			_, has, _ := a.replica.Bounds()
 			c.h.note("%s is away", away.name)
 			away.kill()
-			n := c.awaitLeader()
-			for range 150 {
-				cl.append(n, 4, nil, 2*time.Second)
-			}
-			c.await("the others have deleted something", func() bool {
+			c.await("the others have deleted what it has not got", func() bool {
+				for range 10 {
+					cl.append(c.others(away)[0], 4, nil, 2*time.Second)
+				}
+				time.Sleep(2 * time.Second) // retention is not in a hurry
 				for _, o := range c.others(away) {
 					if _, a := o.running(); a == nil {
 						return false
-					} else if first, _, _ := a.replica.Bounds(); first == 0 {
+					} else if first, _, _ := a.replica.Bounds(); first <= has {
 						return false
 					}
 				}
@@ -294,7 +309,8 @@ func TestSimRetention(t *testing.T) {
 
 // auditFrom is audit for logs that do not begin at 0 any more.
 func (c *simCluster) auditFrom() {
-	auditor := newSimClient(c, 0)
+	c.forgets = true
+	auditor := c.extra()
 	defer auditor.close()
 	if auditor.insist(c.nodes) == nil || !c.awaitReady(c.nodes...) {
 		return
@@ -302,7 +318,7 @@ func (c *simCluster) auditFrom() {
 	var all []string
 	for _, n := range c.nodes {
 		c.await(n.name+" can be read from its beginning", func() bool {
-			r := auditor.read(n, simRead{client: 0, node: n.place(), linear: true}, client.ConsumeOptions{Linearizable: true})
+			r := auditor.read(n, simRead{client: auditor.id, node: n.place(), linear: true}, client.ConsumeOptions{Linearizable: true})
 			if r.why == "" && len(r.records) > 0 {
 				all = append(all, fmt.Sprint(r.records[len(r.records)-1]))
 				return true
@@ -312,5 +328,105 @@ func (c *simCluster) auditFrom() {
 	}
 	if len(slices.Compact(all)) != 1 {
 		c.t.Errorf("(h) the logs end with %s", strings.Join(all, ", "))
+	}
+}
+
+// TestSimRegistry: whatever the registry says, or does not, and whoever is away
+// at the same time, no node is removed: three are what was asked for.
+func TestSimRegistry(t *testing.T) {
+	t.Parallel()
+	rounds := simRounds(t, 30)
+	opts := simOptions{clients: 3, registry: true, tune: func(_ *simNode, cfg *config.Config) {
+		cfg.Membership.LeftAfter, cfg.Membership.DeadAfter, cfg.Membership.CleanupDead = 3*time.Second, 10*time.Second, true
+	}}
+	simulate(t, simSeed(t), opts, func(c *simCluster) {
+		c.awaitReady(c.nodes...)
+		for _, cl := range c.clients {
+			cl.limit, cl.think = 3*rounds, time.Second
+		}
+		c.work(func() {
+			for range rounds {
+				what, end := c.loseRegistry(c.rng)
+				c.h.note("the registry: %s", what)
+				n := c.victim(c.rng)
+				switch c.rng.IntN(4) {
+				case 0:
+					c.h.note("%s is isolated", n.name)
+					c.net.Isolate(n.name)
+				case 1:
+					c.h.note("%s loses its power", n.name)
+					n.power(c.rng, vfstest.None)
+					if c.rng.IntN(2) == 0 {
+						n.start()
+					}
+				}
+				time.Sleep(millis(c.rng, 15000))
+				if end != nil {
+					end()
+				}
+				c.net.Heal()
+				n.back()
+				if c.rng.IntN(2) == 0 {
+					c.awaitReady(c.nodes...)
+				}
+			}
+		})
+		c.mend()
+		c.awaitGroup(c.nodes...)
+		c.audit()
+	})
+}
+
+// TestSimTooMuchDamage: two copies of three are damaged. Nobody begins anew
+// then: what is left, in all three, is all there is.
+func TestSimTooMuchDamage(t *testing.T) {
+	t.Parallel()
+	for _, registry := range []bool{false, true} {
+		t.Run(fmt.Sprintf("registry %v", registry), func(t *testing.T) {
+			t.Parallel()
+			simulate(t, 1, simOptions{registry: registry}, func(c *simCluster) {
+				c.awaitReady(c.nodes...)
+				cl := c.extra()
+				defer cl.close()
+				for range 20 {
+					cl.append(c.nodes[0], 4, nil, 2*time.Second)
+				}
+				c.powerAll(c.rng, vfstest.None, c.nodes)
+				const file = "/data/logs/default/CURRENT"
+				before := map[*simNode]string{}
+				var whole []byte
+				for _, n := range c.nodes {
+					before[n] = n.id()
+					if n == c.nodes[2] {
+						break
+					}
+					if err := n.mem.Mutate(file, func(b []byte) []byte {
+						whole = slices.Clone(b)
+						b[len(b)/2] ^= 4
+						return b
+					}); err != nil {
+						t.Fatal(err)
+					}
+				}
+				for _, n := range c.nodes {
+					n.start()
+				}
+				time.Sleep(simPatience)
+				for _, n := range c.nodes {
+					if n.id() != before[n] {
+						t.Errorf("%s began anew, with nobody to get the log from", n.name)
+					}
+				}
+				// Somebody restores one of the two.
+				c.nodes[1].shutdown()
+				if err := c.nodes[1].mem.Mutate(file, func([]byte) []byte { return whole }); err != nil {
+					t.Fatal(err)
+				}
+				c.nodes[1].start()
+				c.awaitReady(c.nodes...)
+				c.awaitGroup(c.nodes...)
+				c.audit()
+			})
+		})
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/diurnalog/diurna/agent/peer"
 	"github.com/diurnalog/diurna/agent/peer/peertest"
 	"github.com/diurnalog/diurna/discovery"
+	"github.com/diurnalog/diurna/discovery/discoverytest"
 	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
 )
 
@@ -25,14 +26,13 @@ import (
 type simNode struct {
 	c    *simCluster
 	name string
-	port int
 	tune func(*config.Config) // what this node has different; may be nil
 	mem  *vfstest.Mem
 
 	mu      sync.Mutex
+	port    int
 	life    int
 	process *simProcess
-	exits   []error // of processes that ended by themselves
 }
 
 // simProcess is one run of the program: it starts agents, one after another
@@ -48,13 +48,34 @@ type simProcess struct {
 	dying sync.Once
 	ended chan struct{} // closed when nothing of it is left
 
-	mu    sync.Mutex
-	agent *Agent
-	cause error
+	mu     sync.Mutex
+	agent  *Agent
+	handle *discoverytest.Handle // its latest connection to the registry
+}
+
+// hears is the process's connection to the registry; nil if it has none.
+func (p *simProcess) hears() *discoverytest.Handle {
+	if p == nil {
+		return nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.handle
 }
 
 // address is where the node listens in its present or next life.
-func (n *simNode) address() string { return fmt.Sprintf("%s:%d", n.name, n.port) }
+func (n *simNode) address() string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return fmt.Sprintf("%s:%d", n.name, n.port)
+}
+
+// move gives the node another address from its next life on.
+func (n *simNode) move() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.port += 10
+}
 
 // place is the life that the node is in.
 func (n *simNode) place() simPlace {
@@ -142,7 +163,13 @@ func (p *simProcess) run(cfg *config.Config) {
 		network: p.wire,
 	}
 	if r := p.node.c.registry; r != nil {
-		opts.discover = func(cfg *config.Config) (discovery.Discovery, error) { return r.New(cfg.Cluster.Name), nil }
+		opts.discover = func(cfg *config.Config) (discovery.Discovery, error) {
+			h := r.New(cfg.Cluster.Name)
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.handle = h
+			return h, nil
+		}
 	}
 	for {
 		err := p.once(cfg, opts)
@@ -224,13 +251,7 @@ func (p *simProcess) die(cause error) {
 	p.dying.Do(func() {
 		p.wire.cut()
 		p.disk.cut()
-		p.mu.Lock()
-		p.cause = cause
-		p.mu.Unlock()
 		close(p.died)
-		p.node.mu.Lock()
-		p.node.exits = append(p.node.exits, cause)
-		p.node.mu.Unlock()
 		p.node.c.h.note("%s ends: %v", p.node.name, cause)
 	})
 }
@@ -332,7 +353,7 @@ func (w *simWire) cut() {
 
 var _ peer.Network = (*simWire)(nil)
 
-// simLogger prefixes lines with a node's name, and knows the bubble's time.
+// logger prefixes lines with a node's name; their time is the bubble's.
 func (c *simCluster) logger(name string) hclog.Logger {
 	return hclog.New(&hclog.LoggerOptions{Name: name, Output: &c.log, Level: c.level, TimeFormat: "04:05.000000"})
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/diurnalog/diurna/agent/config"
 	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
+	"github.com/diurnalog/diurna/rpc/client"
 )
 
 // TestSimPowerOfOne: of the two nodes that acknowledged, one loses its power and
@@ -15,6 +16,7 @@ import (
 // comes back have to go on together. (What a node forgot then, all would
 // forget.)
 func TestSimPowerOfOne(t *testing.T) {
+	t.Parallel()
 	rounds := simRounds(t, 30)
 	simulate(t, simSeed(t), simOptions{clients: 1}, func(c *simCluster) {
 		c.awaitReady(c.nodes...)
@@ -48,6 +50,7 @@ func TestSimPowerOfOne(t *testing.T) {
 // TestSimPowerOfAll: all machines lose their power at the same moment, under
 // load.
 func TestSimPowerOfAll(t *testing.T) {
+	t.Parallel()
 	rounds := simRounds(t, 25)
 	simulate(t, simSeed(t), simOptions{clients: 4}, func(c *simCluster) {
 		c.awaitReady(c.nodes...)
@@ -73,6 +76,7 @@ func TestSimPowerOfAll(t *testing.T) {
 // TestSimDisk: the leader's disk fails in one way or another. Another node
 // acknowledges soon, and nothing is lost when the first comes back.
 func TestSimDisk(t *testing.T) {
+	t.Parallel()
 	faults := map[string]struct {
 		begin func(n *simNode, p *simProcess)
 		// within is how soon another has to acknowledge.
@@ -135,6 +139,7 @@ func TestSimDisk(t *testing.T) {
 
 // TestSimSlowFollower: one follower's slow disk is nobody else's business.
 func TestSimSlowFollower(t *testing.T) {
+	t.Parallel()
 	simulate(t, simSeed(t), simOptions{clients: 1}, func(c *simCluster) {
 		c.awaitReady(c.nodes...)
 		leader := c.awaitLeader()
@@ -165,10 +170,12 @@ func TestSimSlowFollower(t *testing.T) {
 // nose. Nobody ever gets to read a wrong byte, what is damaged is fetched from
 // the others, and nothing gets shorter.
 func TestSimRot(t *testing.T) {
+	t.Parallel()
 	clusters := simRounds(t, 20)
 	seed := simSeed(t)
 	for i := range clusters {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			t.Parallel()
 			opts := simOptions{clients: 4, registry: i%2 == 1, tune: func(_ *simNode, cfg *config.Config) { cfg.Log.ScrubInterval = 10 * time.Second }}
 			simulate(t, seed+uint64(i), opts, func(c *simCluster) {
 				c.awaitReady(c.nodes...)
@@ -215,4 +222,63 @@ func (c *simCluster) readBack(n *simNode) {
 	n.shutdown()
 	n.start()
 	c.awaitReady(n)
+}
+
+// TestSimFull: all disks fill up under load, to the last byte on some. Reads go
+// on, appends are refused and say why, and when there is space things go on
+// without a restart.
+func TestSimFull(t *testing.T) {
+	t.Parallel()
+	rounds := simRounds(t, 10)
+	opts := simOptions{clients: 3, tune: func(_ *simNode, cfg *config.Config) { cfg.Disk.MinFree = 48 << 10 }}
+	simulate(t, simSeed(t), opts, func(c *simCluster) {
+		c.awaitReady(c.nodes...)
+		for _, cl := range c.clients {
+			cl.limit, cl.think = 40*rounds, time.Second/4
+		}
+		cl := c.extra()
+		defer cl.close()
+		refused, full := 0, 0
+		c.work(func() {
+			for range rounds {
+				for _, n := range c.nodes {
+					n.mem.SetCapacity(n.mem.Used() + c.rng.Int64N(64<<10)*c.rng.Int64N(2))
+				}
+				c.h.note("the disks are full")
+				// Long enough for what is preallocated to be used up.
+				for begin := time.Now(); time.Since(begin) < 10*time.Second; time.Sleep(100 * time.Millisecond) {
+					a := cl.append(c.nodes[c.rng.IntN(3)], 4, nil, 2*time.Second)
+					if a.outcome == simRefused {
+						refused++
+						if strings.Contains(a.why, client.ReasonDiskFull) {
+							full++
+						}
+					}
+				}
+				// A linearizable one needs a leader that could begin its term.
+				if r := cl.readAll(c.nodes[c.rng.IntN(3)], func(*simRead) {}); !r.complete {
+					t.Errorf("a read while the disks are full: %s", r.why)
+				}
+				for _, n := range c.nodes {
+					n.mem.SetCapacity(-1)
+				}
+				c.h.note("there is space again")
+				// Raft waits for longer and longer, up to 10 s, before it sends again
+				// what a follower could not store.
+				if took := c.firstAck(c.nodes...); took > 15*time.Second {
+					t.Errorf("with space again, an acknowledgement took %v", took)
+				}
+			}
+		})
+		t.Logf("%d refused, %d of them because the disk is full", refused, full)
+		if full == 0 {
+			t.Error("no disk was ever full")
+		}
+		for _, n := range c.nodes {
+			if life := n.place().life; life != 1 {
+				t.Errorf("%s was started %d times", n.name, life)
+			}
+		}
+		c.audit()
+	})
 }

@@ -16,13 +16,13 @@ import (
 // and holds each against what is promised and against some sequential order.
 // DIURNA_HISTORIES says how many, DIURNA_SEED from which one on.
 func TestSim(t *testing.T) {
-	histories := vfstest.Env(t, "DIURNA_HISTORIES", 200)
+	histories := vfstest.Env(t, "DIURNA_HISTORIES", 200/simScale)
 	if testing.Short() {
 		histories = min(histories, 10)
 	}
 	first := uint64(vfstest.Env(t, "DIURNA_SEED", int(rand.Uint64()>>2)))
 	t.Logf("seed: DIURNA_SEED=%d", first)
-	var acked, refused, unknown, reads atomic.Int64
+	var acked, refused, unknown, reads, lives, terms atomic.Int64
 	t.Run("histories", func(t *testing.T) {
 		next := make(chan uint64)
 		for range runtime.GOMAXPROCS(0) {
@@ -36,6 +36,8 @@ func TestSim(t *testing.T) {
 						refused.Add(int64(r))
 						unknown.Add(int64(u))
 						reads.Add(int64(n))
+						lives.Add(int64(h.lives))
+						terms.Add(int64(h.terms))
 					})
 				}
 			})
@@ -47,7 +49,8 @@ func TestSim(t *testing.T) {
 			}
 		}()
 	})
-	t.Logf("%d histories: %d appends acknowledged, %d refused, %d in doubt; %d reads", histories, acked.Load(), refused.Load(), unknown.Load(), reads.Load())
+	t.Logf("%d histories: %d appends acknowledged, %d refused, %d in doubt; %d reads; %d lives of nodes, %d terms",
+		histories, acked.Load(), refused.Load(), unknown.Load(), reads.Load(), lives.Load(), terms.Load())
 	if acked.Load() == 0 || unknown.Load() == 0 {
 		t.Error("nothing was acknowledged, or nothing left in doubt")
 	}
@@ -66,15 +69,19 @@ func simHistory(t *testing.T, seed uint64) *history {
 			cfg.Raft.CommitTimeout = 5 * time.Millisecond
 		}
 	}
-	faults := 1 + rng.IntN(6)
+	faults := 2 + rng.IntN(10)
 	return simulate(t, seed, opts, func(c *simCluster) {
 		c.awaitReady(c.nodes...)
-		c.clients[0].follow = true
+		c.clients[0].follow, c.clients[1].user = true, true
 		for _, cl := range c.clients[1:] {
 			cl.limit = 40
 		}
 		c.work(func() { c.mix(faults, 15*time.Second, simFaults) })
 		c.mend()
 		c.audit()
+		c.h.terms = c.term()
+		for _, n := range c.nodes {
+			c.h.lives += n.place().life
+		}
 	})
 }

@@ -121,7 +121,7 @@ func benchmarkImport(b *testing.B, payloadSize int) {
 		var out vfs.File
 		var pos int64
 		for k := 0; ; k++ {
-			got, err := io.ReadFull(f, buf)
+			got, _ := io.ReadFull(f, buf)
 			if got == 0 {
 				break
 			}

@@ -151,7 +151,7 @@ func TestFollowerReads(t *testing.T) {
 	b.onApply = func(uint64) {
 		b.memLog.mu.Lock()
 		defer b.memLog.mu.Unlock()
-		if b.memLog.end == 0 {
+		if b.end == 0 {
 			b.appendLocked(encode(t, record(0, 9), record(1, 9)), 2)
 		}
 	}

@@ -192,10 +192,6 @@ func (l *memLog) heldCount() int {
 func TestForwardSplit(t *testing.T) {
 	lost := status.Error(codes.Unavailable, "connection reset")
 	told := func(n int, err error) error { return statusWith(err, map[string]string{MetaRequest: itoa(n)}) }
-	const (
-		unknown = "?"
-		none    = "NO_LEADER"
-	)
 	for name, tc := range map[string]struct {
 		err            error
 		answered, sent int
@@ -290,7 +286,7 @@ func TestForwardBroken(t *testing.T) {
 	// And it works again when the leader is back.
 	back()
 	c["a"].mu.Lock()
-	c["a"].memLog.hold = false
+	c["a"].hold = false
 	c["a"].mu.Unlock()
 	eventually(t, "batches are forwarded again", func() bool {
 		_, err := c["b"].client.Produce(testContext(t), request(10))

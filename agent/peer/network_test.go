@@ -30,7 +30,7 @@ func TestTCP(t *testing.T) {
 		checkSilenceLimit(t, conn.(*peer.Conn).NetConn().(*net.TCPConn))
 	}
 
-	expectRefusal(t, d, "n-z", address, peer.ReasonNotMe)
+	_ = expectRefusal(t, d, "n-z", address, peer.ReasonNotMe)
 
 	client, err := peer.TCP.Dial(t.Context(), address)
 	if err != nil {

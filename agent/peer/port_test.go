@@ -153,8 +153,8 @@ func TestRefusals(t *testing.T) {
 				if got := log.count(tc.log); got != 1 {
 					t.Errorf("logged %d times, want once:\n%s", got, log.text())
 				}
-				mustDial(t, newDialer(n, "b"), "n-a", "a:8400").Close()
-				accept(t, p.Peers()).Close()
+				_ = mustDial(t, newDialer(n, "b"), "n-a", "a:8400").Close()
+				_ = accept(t, p.Peers()).Close()
 			})
 		})
 	}
@@ -298,7 +298,7 @@ func TestFullBacklog(t *testing.T) {
 		mustDial(t, newDialer(n, "b"), "n-a", "a:8400")
 		accept(t, p.Peers())
 		expect(t, accept(t, p.Clients()), preface)
-		clients = append(clients, knock(t, n, "client", "a", preface))
+		knock(t, n, "client", "a", preface)
 		expect(t, accept(t, p.Clients()), preface)
 		expect(t, accept(t, p.Clients()), preface)
 	})

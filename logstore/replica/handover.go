@@ -84,7 +84,7 @@ func (r *Replica) abdicate(t *transport, term uint64) {
 		t.work.Go(func() {
 			// A heartbeat asks how far it is.
 			a := answer{server: s}
-			req := raft.AppendEntriesRequest{RPCHeader: header, Term: term, Leader: []byte(r.cfg.Address)}
+			req := raft.AppendEntriesRequest{RPCHeader: header, Term: term}
 			a.err = t.AppendEntries(s.ID, s.Address, &req, &a.resp)
 			answers <- a
 		})

@@ -167,7 +167,7 @@ func (r *Replica) confirmOnce() error {
 		asked++
 		r.transport.work.Go(func() {
 			defer r.confirming.end(s.ID)
-			req := raft.AppendEntriesRequest{RPCHeader: header, Term: term, Leader: []byte(r.cfg.Address)}
+			req := raft.AppendEntriesRequest{RPCHeader: header, Term: term}
 			var resp raft.AppendEntriesResponse
 			err := r.transport.AppendEntries(s.ID, s.Address, &req, &resp)
 			answers <- err == nil && resp.Success && resp.Term == term

@@ -27,19 +27,18 @@ type stored struct {
 	log raft.Log
 }
 
-// put keeps those of the entries stored in gen that have records. The others are
-// few, and have their time from the log.
-func (r *recent) put(gen *generation, logs []*raft.Log) {
+// put keeps entries that were stored in gen, whose last append time was before
+// until then. They come back as they would from the log.
+func (r *recent) put(gen *generation, logs []*raft.Log, before int64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, l := range logs {
-		_, count, appended, err := decodeExtensions(l.Extensions)
-		if err != nil || count == 0 {
-			continue
+		kept := raft.Log{Index: l.Index, Term: l.Term, Type: l.Type, Data: l.Data}
+		if _, count, appended, err := decodeExtensions(l.Extensions); err == nil && count > 0 {
+			kept.Extensions, before = l.Extensions, appended
 		}
-		kept := raft.Log{Index: l.Index, Term: l.Term, Type: l.Type, Data: l.Data, Extensions: l.Extensions}
-		if appended > 0 {
-			kept.AppendedAt = time.Unix(0, appended)
+		if before > 0 {
+			kept.AppendedAt = time.Unix(0, before)
 		}
 		r.slots[l.Index%recentEntries] = stored{gen, kept}
 	}

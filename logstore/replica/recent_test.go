@@ -2,6 +2,7 @@ package replica
 
 import (
 	"testing"
+	"time"
 
 	"github.com/hashicorp/raft"
 )
@@ -17,6 +18,8 @@ func TestRecentEntries(t *testing.T) {
 	}
 	check := func(index, term uint64, data string) {
 		t.Helper()
+		slots := s.recent.slots
+		defer func() { s.recent.slots = slots }()
 		var got, stored raft.Log
 		if err := s.GetLog(index, &got); err != nil {
 			t.Fatalf("entry %d: %v", index, err)
@@ -68,4 +71,16 @@ func TestRecentEntries(t *testing.T) {
 		t.Error("an entry of another log was found")
 	}
 	check(n, 2, "last")
+
+	// Entries without records come between, with the time of those before.
+	if err := s.StoreLogs([]*raft.Log{
+		{Index: n + 1, Term: 2, Type: raft.LogNoop, AppendedAt: time.Unix(99, 0)},
+		command(n+2, 2, n, 1, 9, "more"),
+		{Index: n + 3, Term: 2, Type: raft.LogNoop},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	check(n+1, 2, "")
+	check(n+2, 2, "more")
+	check(n+3, 2, "")
 }

@@ -156,11 +156,12 @@ func (s *logStore) StoreLogs(logs []*raft.Log) error {
 	gen := s.gens.use()
 	defer s.gens.release(gen)
 	segments := gen.log.Stats().Segments
+	before := gen.log.LastAppendTime()
 	err := gen.log.Append(entries)
 	switch {
 	case err == nil:
 		s.cut = false
-		s.recent.put(gen, logs)
+		s.recent.put(gen, logs, before)
 		if gen.log.Stats().Segments != segments {
 			s.rolled()
 		}

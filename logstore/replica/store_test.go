@@ -204,7 +204,7 @@ func TestStoreFailure(t *testing.T) {
 		if err := s.StoreLog(command(2, 1, 1, 1, 1, "b")); !errors.Is(err, logstore.ErrFailed) {
 			t.Fatalf("%s: tried again: %v", kind, err)
 		}
-		s.gens.close()
+		_ = s.gens.close()
 	}
 }
 

@@ -45,7 +45,7 @@ type guarded struct {
 }
 
 func (g guarded) timed(op func([]byte) (int, error), p []byte) (int, error) {
-	late := time.AfterFunc(g.stall, func() { _ = g.Conn.Close() })
+	late := time.AfterFunc(g.stall, func() { _ = g.Close() })
 	n, err := op(p)
 	if !late.Stop() && err != nil {
 		err = fmt.Errorf("%w for %v (%w)", errStreamStalled, g.stall, err)

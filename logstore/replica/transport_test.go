@@ -106,6 +106,49 @@ func TestRequests(t *testing.T) {
 	})
 }
 
+// TestPipelineDoesNotRepeat: what an idle leader says again and again is sent
+// now and then, and what is new at once.
+func TestPipelineDoesNotRepeat(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, a, b := testTransports(t)
+		defer closeTransports(t, a, b)
+		seen := answer(b, &raft.AppendEntriesResponse{Term: 3, Success: true})
+		p, err := a.AppendEntriesPipeline("b", "b:1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		send := func(what string, commit uint64, entries []*raft.Log, sent bool) {
+			t.Helper()
+			req := &raft.AppendEntriesRequest{Term: 3, PrevLogEntry: 4, PrevLogTerm: 2, LeaderCommitIndex: commit, Entries: entries}
+			if _, err := p.AppendEntries(req, new(raft.AppendEntriesResponse)); err != nil {
+				t.Fatalf("%s: %v", what, err)
+			}
+			synctest.Wait()
+			if got := len(seen) == 1; got != sent {
+				t.Errorf("%s: sent %v", what, got)
+			}
+			if len(seen) > 0 {
+				<-seen
+				<-p.Consumer()
+			}
+		}
+		entry := []*raft.Log{{Index: 5, Term: 3}}
+		send("the first", 3, nil, true)
+		send("the same", 3, nil, false)
+		send("another commit index", 4, nil, true)
+		send("the same again", 4, nil, false)
+		time.Sleep(repeatAfter)
+		send("the same, later", 4, nil, true)
+		send("the same, soon after", 4, nil, false)
+		send("entries", 4, entry, true)
+		send("the same entries", 4, entry, true)
+		send("the same, after entries", 4, nil, true)
+		if err := p.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // TestTarget: an id may hold anything.
 func TestTarget(t *testing.T) {
 	for _, id := range []raft.ServerID{"", "a", "a@b", "0d5f:1"} {

@@ -2,6 +2,7 @@ package replica
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"runtime"
 	"sync"
@@ -116,7 +117,7 @@ type watchedLog struct {
 
 func (l watchedLog) GetLog(index uint64, out *raft.Log) error {
 	err := l.dog.do("read an entry", func() error { return l.LogStore.GetLog(index, out) })
-	if err == errSevered {
+	if errors.Is(err, errSevered) {
 		// Raft would take it for a disagreement between two logs.
 		runtime.Goexit()
 	}

@@ -140,6 +140,24 @@ func TestProduceRetry(t *testing.T) {
 	}
 }
 
+// TestProduceInDoubt: the attempt that nobody knows the outcome of may be on its
+// way when the next one is told that the log does not reach that far yet.
+func TestProduceInDoubt(t *testing.T) {
+	s := clienttest.New()
+	attempts := 0
+	s.OnBatch = func(context.Context, int, *v1.ProduceRequest) error {
+		if attempts++; attempts == 1 {
+			return clienttest.Failure(codes.Unknown, "UNKNOWN_OUTCOME", "", "")
+		}
+		return nil
+	}
+	_, err := connect(t, s).Produce(testContext(t), values("a"), ExpectOffset(5))
+	var e *Error
+	if !errors.As(err, &e) || e.Reason != ReasonOffsetMismatch || e.Definite || attempts != 2 {
+		t.Errorf("got %#v after %d attempts", err, attempts)
+	}
+}
+
 // TestProduceRetryEnds: by the caller's context, and by the time for it.
 func TestProduceRetryEnds(t *testing.T) {
 	s := clienttest.New()

@@ -94,7 +94,7 @@ func (c *Client) produceEncoded(ctx context.Context, buf []byte, count int, expe
 			return ack, nil
 		}
 		if doubt {
-			e = inDoubt(e, *expected)
+			e = inDoubt(e)
 		}
 		if !e.Definite && expected != nil && e.Reason != ReasonOffsetMismatch && e.Reason != ReasonProtocol {
 			// At that offset there is room for one: it can be sent again.
@@ -113,12 +113,10 @@ func (c *Client) produceEncoded(ctx context.Context, buf []byte, count int, expe
 }
 
 // inDoubt is what e, of a batch with an expected offset, means after an attempt
-// with an unknown outcome: if the offset is taken, perhaps by that attempt.
-func inDoubt(e *Error, expected uint64) *Error {
-	next, ok := e.Uint("next")
-	if e.Reason == ReasonOffsetMismatch && ok && next <= expected {
-		return e
-	}
+// with an unknown outcome. If the offset is taken, perhaps by that attempt; if
+// the log does not reach that far, the attempt may still be on its way, in a
+// node that stands still or on a slow connection, and arrive when it does.
+func inDoubt(e *Error) *Error {
 	doubtful := *e
 	doubtful.Definite = false
 	if e.Reason == ReasonOffsetMismatch {
