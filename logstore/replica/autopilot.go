@@ -438,7 +438,17 @@ type refusal struct{ raft.IndexFuture }
 
 func (refusal) Error() error { return errNotByAutopilot }
 
+// AddVoter gives a member a vote. What raft-autopilot decides rests on what it
+// saw some time ago: a server that was removed since is not taken in again.
 func (p pilotedRaft) AddVoter(id raft.ServerID, a raft.ServerAddress, index uint64, _ time.Duration) raft.IndexFuture {
+	p.r.changing.Lock()
+	defer p.r.changing.Unlock()
+	if _, err := p.r.member(string(id)); err != nil {
+		return refusal{}
+	}
+	if _, removed := p.r.Tombstones()[string(id)]; removed {
+		return refusal{}
+	}
 	return pilotedFuture{p.r.raft.AddVoter(id, a, index, p.r.cfg.ElectionTimeout), p.r}
 }
 

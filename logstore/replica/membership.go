@@ -182,7 +182,10 @@ func (r *Replica) RemoveServer(ctx context.Context, id string) error {
 		if err := r.mayRemove(id); err != nil {
 			return err
 		}
-		return r.raft.RemoveServer(raft.ServerID(id), 0, r.cfg.ElectionTimeout).Error()
+		r.changing.Lock()
+		future := r.raft.RemoveServer(raft.ServerID(id), 0, r.cfg.ElectionTimeout)
+		r.changing.Unlock()
+		return future.Error()
 	}))
 }
 

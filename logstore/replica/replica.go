@@ -62,7 +62,11 @@ type Replica struct {
 	// against the end of all.
 	askMu  sync.Mutex
 	closed bool
-	asking sync.WaitGroup
+	// changing is held while a change of the group is handed to Raft, so that a
+	// removal and its tombstone are seen by whoever would take the server in
+	// again, or come after it.
+	changing sync.Mutex
+	asking   sync.WaitGroup
 }
 
 // closeGrace is how long Close waits for Raft after its context has ended: the
