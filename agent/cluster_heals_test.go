@@ -194,17 +194,12 @@ func flipActive(t *testing.T, d replicaDir) {
 	t.Helper()
 	names := filesOf(t, d.gen, "log", "*.log")
 	for _, file := range slices.Backward(names) {
-		var ends, synced []int64
-		_, err := logstore.Inspect(vfs.OS, file, func(f logstore.Frame) error {
-			ends = append(ends, f.Position+f.Size)
-			synced = append(synced, int64(f.Synced))
-			return nil
-		})
-		if err != nil {
+		var frames []logstore.Frame
+		if _, err := logstore.Inspect(vfs.OS, file, func(f logstore.Frame) error { frames = append(frames, f); return nil }); err != nil {
 			continue // the next one, that is only prepared
 		}
-		if n := len(ends); n > 1 && synced[n-1] >= ends[0] {
-			flip(t, file, ends[0]-1-8)
+		if n := len(frames); n > 1 && frames[n-1].Synced >= frames[0].Index {
+			flip(t, file, frames[0].Position+frames[0].Size-9)
 			return
 		}
 	}
