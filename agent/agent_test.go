@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -416,6 +417,12 @@ func TestStartFails(t *testing.T) {
 		{"locked by this process", func(t *testing.T, cfg *config.Config) {
 			a := startReady(t, testConfig(t, cfg.DataDir), Options{})
 			t.Cleanup(func() { a.mustStop(t) })
+			// What a leader starts has started, or it would be taken for a leak.
+			for ctx := within(t); ctx.Err() == nil; runtime.Gosched() {
+				if servers, err := a.replica.Servers(); err != nil || servers[0].Health != nil {
+					break
+				}
+			}
 		}, []string{"in use by another process", "-data-dir"}},
 		{"not a directory", func(t *testing.T, cfg *config.Config) {
 			if err := os.WriteFile(cfg.DataDir, nil, 0o600); err != nil {
