@@ -17,6 +17,7 @@ import (
 // acknowledges; the full one goes on following and answering readers, takes
 // records again when there is space, without a restart, and can lead.
 func TestClusterDiskFull(t *testing.T) {
+	t.Parallel()
 	c := prepareNodes(t, 3, `log { segment_size = "1MiB" }`)
 	for _, name := range []string{"n1", "n2", "n3"} {
 		dir := c.dataDir(name)
@@ -88,6 +89,7 @@ func fill(t *testing.T, name string) {
 // TestClusterWiped: a node comes back at its address without its data. It is a
 // new one, and the old one is removed.
 func TestClusterWiped(t *testing.T) {
+	t.Parallel()
 	c := startNodes(t, 3, "")
 	c.servers(t, "three nodes vote", healthy(3))
 	values := numbered("before", 100)
@@ -119,6 +121,7 @@ func TestClusterWiped(t *testing.T) {
 // TestClusterForeign: a node with the data of another cluster, of the same name
 // and at an address where one of ours was, is left alone, and that is said once.
 func TestClusterForeign(t *testing.T) {
+	t.Parallel()
 	c := startNodes(t, 3, "")
 	c.servers(t, "three nodes vote", healthy(3))
 	produce(t, dial(t, c.nodes[0].listen), "ours")
