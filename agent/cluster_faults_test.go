@@ -157,6 +157,7 @@ func clusterIDs(t testing.TB, c *processCluster) (ids []string) {
 
 // TestClusterMoves: all nodes come back at other ports, at once.
 func TestClusterMoves(t *testing.T) {
+	t.Parallel()
 	c := startNodes(t, 3, "")
 	values := numbered("before", 10)
 	produce(t, dial(t, c.nodes[0].listen), values...)

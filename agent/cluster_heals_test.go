@@ -21,6 +21,7 @@ import (
 // node gets what it needs from them, under a new id where it may have lost what
 // it acknowledged; and no log gets shorter.
 func TestClusterHeals(t *testing.T) {
+	t.Parallel()
 	c := startNodes(t, 3, `
 		log {
 			segment_size   = "1MiB"
@@ -107,10 +108,37 @@ func TestClusterHeals(t *testing.T) {
 			t.Errorf("%s: %v", tc.name, err)
 		}
 	}
+	withoutLeader(t, c)
 	if l.stop(t, c) == 0 {
 		t.Error("nothing was acknowledged")
 	}
 	h.check(t, consume(t, dial(t, c.nodes[0].listen), 0))
+}
+
+// withoutLeader damages a node while there is no quorum without it: then it keeps
+// all that it has, until there is one.
+func withoutLeader(t *testing.T, c *processCluster) {
+	t.Helper()
+	m, others := c.nodes[0], c.nodes[1:]
+	before := identityOf(t, m)
+	for _, m := range c.nodes {
+		m.kill(t)
+	}
+	flipVote(0, 1)(t, dirOf(m))
+	files := usage(m.dir)
+	c.launch(t, m)
+	m.stderr.mustAwait(t, "no leader answers; waiting for one, and keeping the damaged data")
+	if after := identityOf(t, m); after.node != before.node || usage(m.dir) < files {
+		t.Errorf("without a leader, the node was %+v, is %+v; %d and %d bytes", before, after, files, usage(m.dir))
+	}
+	for _, o := range others {
+		c.launch(t, o)
+	}
+	m.stderr.mustAwait(t, "removed damaged data that has been replaced")
+	c.servers(t, "three nodes vote", healthy(3))
+	if after := identityOf(t, m); after.node == before.node {
+		t.Errorf("it is %s, as before", after.node)
+	}
 }
 
 // replicaDir is where a node's replica keeps its files, and the generation of
@@ -194,17 +222,12 @@ func flipActive(t *testing.T, d replicaDir) {
 	t.Helper()
 	names := filesOf(t, d.gen, "log", "*.log")
 	for _, file := range slices.Backward(names) {
-		var ends, synced []int64
-		_, err := logstore.Inspect(vfs.OS, file, func(f logstore.Frame) error {
-			ends = append(ends, f.Position+f.Size)
-			synced = append(synced, int64(f.Synced))
-			return nil
-		})
-		if err != nil {
+		var frames []logstore.Frame
+		if _, err := logstore.Inspect(vfs.OS, file, func(f logstore.Frame) error { frames = append(frames, f); return nil }); err != nil {
 			continue // the next one, that is only prepared
 		}
-		if n := len(ends); n > 1 && synced[n-1] >= ends[0] {
-			flip(t, file, ends[0]-1-8)
+		if n := len(frames); n > 1 && frames[n-1].Synced >= frames[0].Index {
+			flip(t, file, frames[0].Position+frames[0].Size-9)
 			return
 		}
 	}

@@ -238,6 +238,7 @@ func ports(members ...*member) (all []string) {
 // TestClusterLife: three nodes form a cluster; a fourth and a fifth join; one
 // dies and is replaced. Consul's catalog and DNS, and Raft, agree on all of it.
 func TestClusterLife(t *testing.T) {
+	t.Parallel()
 	c := startNodes(t, 3, "")
 	c.servers(t, "three nodes vote", healthy(3))
 	c.awaitDNS(t, "diurna", ports(c.nodes...))

@@ -19,7 +19,12 @@ import (
 
 // patience is how long anything may take that has to happen. Nothing waits for
 // it to pass unless a test is about to fail.
-const patience = time.Minute
+var patience = func() time.Duration {
+	if os.Getenv("DIURNA_SOAK") != "" {
+		return 5 * time.Minute // so much more is moved
+	}
+	return time.Minute
+}()
 
 // process is a child whose output is collected, and which a test cannot leave
 // behind.

@@ -18,7 +18,8 @@ pids=()
 cleanup() {
   trap '' INT TERM
   # The nodes first, so that Consul hears them go; each by its own id.
-  for ((i = ${#pids[@]} - 1; i >= 0; i--)); do
+  for i in 3 2 1 0; do
+    [ -n "${pids[i]:-}" ] || continue
     kill -TERM "${pids[i]}" 2>/dev/null || true
     wait "${pids[i]}" 2>/dev/null || true
   done
@@ -47,11 +48,16 @@ setsid "$consul" agent -dev -node=local -bind=127.0.0.1 -client=127.0.0.1 \
   -log-level=warn >"$dir/consul.log" 2>&1 &
 pids+=($!)
 
+# command is that of node i: also what is shown when one ended.
+command_of() {
+  command=("$diurna" agent -dev "-node=n$1" "-data-dir=$dir/n$1" "-rpc-addr=127.0.0.1:${ports[$1 - 1]}"
+    -discovery=consul "-consul-addr=127.0.0.1:$http" -bootstrap-expect=3)
+}
+
 for i in 1 2 3; do
-  port=${ports[i - 1]}
-  echo "==> starting node n$i at 127.0.0.1:$port, logging to $dir/n$i.log" >&2
-  setsid "$diurna" agent -dev -node="n$i" -data-dir="$dir/n$i" -rpc-addr="127.0.0.1:$port" \
-    -discovery=consul -consul-addr="127.0.0.1:$http" -bootstrap-expect=3 >"$dir/n$i.log" 2>&1 &
+  echo "==> starting node n$i at 127.0.0.1:${ports[i - 1]}, logging to $dir/n$i.log" >&2
+  command_of "$i"
+  setsid "${command[@]}" >"$dir/n$i.log" 2>&1 &
   pids+=($!)
 done
 
@@ -87,6 +93,17 @@ Ready. In another terminal:
 
 Ctrl-C stops all of it.
 TEXT
-wait -n "${pids[@]}" || true
-show
-die "one of the programs ended, see above"
+# To kill a node, or have it leave, is what one tries: the others go on.
+while true; do
+  wait -n "${pids[@]}" || true
+  kill -0 "${pids[0]}" 2>/dev/null || { show; die "Consul ended, see above"; }
+  for i in 1 2 3; do
+    if [ -z "${pids[i]:-}" ] || kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
+    code=0
+    wait "${pids[i]}" || code=$?
+    unset "pids[i]"
+    command_of "$i"
+    printf '\n==> node n%d ended with exit code %d, see %s. To start it again:\n\n    %s\n' "$i" "$code" "$dir/n$i.log" "${command[*]}" >&2
+  done
+  [ "${#pids[@]}" -gt 1 ] || die "all nodes have ended"
+done
