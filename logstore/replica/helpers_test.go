@@ -14,7 +14,11 @@ import (
 	"github.com/diurnalog/diurna/logstore/vfs"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// Raft leaves requests without an answer that it has taken when it shuts down,
+// and whoever waits for one, see sequencer.await, waits for ever.
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("github.com/hashicorp/raft.(*deferError).Error"))
+}
 
 // testConfig is of a group of one that leads after a few milliseconds.
 func testConfig(_ testing.TB, dir string) Config {
