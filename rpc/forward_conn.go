@@ -60,7 +60,13 @@ func (p *connPool) init(cfg ForwarderConfig, codec codec) {
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
 		grpc.WithWriteBufferSize(128 << 10),
 		grpc.WithReadBufferSize(128 << 10),
-		grpc.WithDefaultCallOptions(grpc.ForceCodecV2(codec)),
+		grpc.WithDefaultCallOptions(
+			grpc.ForceCodecV2(codec),
+			// A stream whose connection breaks is over. gRPC would keep what was
+			// sent and send it again on another one, and hold the stream's lock
+			// until there is one.
+			grpc.MaxRetryRPCBufferSize(0),
+		),
 	}
 }
 

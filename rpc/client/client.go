@@ -151,6 +151,10 @@ func (ep *endpoint) connect(o *options) error {
 		grpc.WithDefaultCallOptions(
 			grpc.MaxCallRecvMsgSize(maxMessageBytes),
 			grpc.MaxCallSendMsgSize(math.MaxInt32),
+			// A stream whose connection breaks is over. gRPC would keep what was
+			// sent and send it again on another one, and hold the stream's lock
+			// until there is one.
+			grpc.MaxRetryRPCBufferSize(0),
 		),
 	)
 	if err != nil {
