@@ -231,7 +231,11 @@ func (p *part) leave(ctx context.Context) error {
 		if errors.As(err, &elsewhere) {
 			err = p.neighbours.forward.RemovePeer(ctx, elsewhere.LeaderAddress, id)
 		}
-		if !errors.As(err, &elsewhere) && !errors.Is(err, rpc.ErrNoLeader) {
+		var gone *rpc.UnknownServerError
+		switch {
+		case errors.As(err, &gone) && p.started():
+			return nil // since an attempt whose answer was lost
+		case !errors.As(err, &elsewhere) && !errors.Is(err, rpc.ErrNoLeader):
 			return err
 		}
 		// Leadership moves, perhaps because this node handed it over.

@@ -183,6 +183,8 @@ func leaderError(err error, address string) error {
 	switch info.GetReason() {
 	case ReasonNotLeader:
 		return &NotLeaderError{LeaderID: info.GetMetadata()["leader_id"], LeaderAddress: info.GetMetadata()["leader_address"]}
+	case ReasonUnknownServer:
+		return &UnknownServerError{ID: info.GetMetadata()["id"]}
 	case ReasonNoLeader, ReasonShuttingDown, ReasonForeignCluster, ReasonTooManyCalls, ReasonDenied:
 		return fmt.Errorf("%w: the node at %s does not lead: %s", ErrNoLeader, address, status.Convert(err).Message())
 	}
