@@ -189,7 +189,7 @@ func (p *simProcess) run(cfg *config.Config) {
 		case err = <-healed:
 		case <-p.died:
 			cancel()
-			<-healed
+			err = <-healed
 		}
 		cancel()
 		switch {
