@@ -308,6 +308,8 @@ func testForgotten(t *testing.T, s *suite) {
 
 func testFiltered(t *testing.T, s *suite) {
 	a := s.join(t, "a")
+	// Else there may be nothing to filter yet.
+	await(t, a, "somebody is there to be hidden", func(sn discovery.Snapshot) bool { _, ok := sn.Find(a.self.ID); return ok })
 	f := start(t, s.Filtered(t, s.cluster), s.registration(t, "f"))
 	await(t, f, "an answer", func(sn discovery.Snapshot) bool { return !sn.At.IsZero() })
 	await(t, a, "it is registered all the same", func(sn discovery.Snapshot) bool { _, ok := sn.Find(f.self.ID); return ok })
