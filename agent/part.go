@@ -231,6 +231,13 @@ func (p *part) leave(ctx context.Context) error {
 		if errors.As(err, &elsewhere) {
 			err = p.neighbours.forward.RemovePeer(ctx, elsewhere.LeaderAddress, id)
 		}
+		if errors.Is(err, rpc.ErrNoLeader) {
+			// A node that is out already, because the leader saw that it leaves,
+			// hears from no leader any more.
+			if address := p.askForLeader(ctx); address != "" {
+				err = p.neighbours.forward.RemovePeer(ctx, address, id)
+			}
+		}
 		var gone *rpc.UnknownServerError
 		switch {
 		case errors.As(err, &gone) && p.started():
@@ -247,6 +254,17 @@ func (p *part) leave(ctx context.Context) error {
 			return fmt.Errorf("%w (%w)", err, ctx.Err())
 		}
 	}
+}
+
+// askForLeader asks the other nodes whether they lead, and returns the address
+// of one that does; empty if none says so.
+func (p *part) askForLeader(ctx context.Context) (address string) {
+	for _, a := range ask(ctx, p.neighbours.forward.Status, p.neighbours.known(p.self())) {
+		if a.err == nil && a.status.Role == "leader" && a.status.ClusterID == p.data.identity().cluster {
+			return a.node.Address
+		}
+	}
+	return ""
 }
 
 // Servers implements rpc.Cluster: the group as this node knows it, with what
