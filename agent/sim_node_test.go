@@ -299,6 +299,8 @@ func (n *simNode) shutdown() {
 	p := n.process
 	n.mu.Unlock()
 	if p != nil {
+		// A process whose disk hangs does not end so: that is killed.
+		p.disk.set(nil, nil)
 		p.ask()
 	}
 	n.end()
