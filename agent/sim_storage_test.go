@@ -91,7 +91,7 @@ func TestSimDisk(t *testing.T) {
 		"is full":              {func(n *simNode, _ *simProcess) { n.mem.SetCapacity(n.mem.Used()) }, 10 * time.Second, true},
 		"takes far too long":   {func(_ *simNode, p *simProcess) { p.disk.slow(3 * simElection) }, 6 * simElection, true},
 		"takes a bit too long": {func(_ *simNode, p *simProcess) { p.disk.slow(simElection / 4) }, 10 * simElection, false},
-		"is gone":              {func(n *simNode, _ *simProcess) { n.kill() }, 3 * simElection, true},
+		"is gone":              {func(n *simNode, _ *simProcess) { n.kill() }, 6 * simElection, true},
 	}
 	rounds := simRounds(t, 4)
 	seed := simSeed(t)
