@@ -104,7 +104,7 @@ func TestSimTeeth(t *testing.T) {
 				t.Fatal(err)
 			}
 			cmd := exec.CommandContext(t.Context(), "go", "test", "-count=1", "-timeout=10m", "-overlay", list, "-run", "^("+tooth.test+")$", ".")
-			cmd.Env = append(os.Environ(), "DIURNA_SOAK=0", "TMPDIR="+dir)
+			cmd.Env = append(os.Environ(), "DIURNA_SOAK=0", "DIURNA_HISTORIES=20", "DIURNA_ROUNDS=", "TMPDIR="+dir)
 			out, err := cmd.CombinedOutput()
 			switch failed := strings.Contains(string(out), "--- FAIL: TestSim"); {
 			case err == nil:
