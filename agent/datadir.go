@@ -10,7 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/google/uuid"
@@ -43,8 +43,11 @@ type dataDir struct {
 	path string
 	lock io.Closer
 
-	mu sync.Mutex
-	id identity
+	// id is what is on disk. Whoever asks for it does not wait for a disk that
+	// is being written.
+	id atomic.Pointer[identity]
+	// writing holds a token while who the node is changes.
+	writing chan struct{}
 }
 
 // identity is who the node is. It is written as a whole, atomically: which
@@ -99,14 +102,12 @@ func openDataDir(fsys vfs.FS, path string) (d *dataDir, err error) {
 	if err != nil {
 		return nil, err
 	}
-	return &dataDir{fs: fsys, path: path, id: id, lock: lock}, nil
+	d = &dataDir{fs: fsys, path: path, lock: lock, writing: make(chan struct{}, 1)}
+	d.id.Store(&id)
+	return d, nil
 }
 
-func (d *dataDir) identity() identity {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.id
-}
+func (d *dataDir) identity() identity { return *d.id.Load() }
 
 // nodeID is the node's id.
 func (d *dataDir) nodeID() string { return d.identity().node }
@@ -126,15 +127,15 @@ func (id identity) logs() string {
 // join records which cluster the node belongs to. It is durable before it is
 // believed, and nothing else can be recorded after it.
 func (d *dataDir) join(cluster string) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.writing <- struct{}{}
+	defer func() { <-d.writing }()
+	id := d.identity()
 	switch {
-	case d.id.cluster == cluster:
+	case id.cluster == cluster:
 		return nil
-	case d.id.cluster != "":
-		return &foreignClusterError{ours: d.id.cluster, theirs: cluster}
+	case id.cluster != "":
+		return &foreignClusterError{ours: id.cluster, theirs: cluster}
 	}
-	id := d.id
 	id.cluster = cluster
 	return d.become(id)
 }
@@ -150,9 +151,9 @@ func (e *foreignClusterError) Error() string {
 // it has cannot be trusted any more: under its old id it might vote against
 // what it once acknowledged. The old logs stay where they are until discard.
 func (d *dataDir) renew() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	id := d.id
+	d.writing <- struct{}{}
+	defer func() { <-d.writing }()
+	id := d.identity()
 	id.former = append([]string{id.node}, id.former...)
 	id.former = id.former[:min(len(id.former), formerKept)]
 	id.node = uuid.NewString()
@@ -160,12 +161,12 @@ func (d *dataDir) renew() error {
 	return d.become(id)
 }
 
-// become is called with mu held.
+// become is called by whoever holds the token.
 func (d *dataDir) become(id identity) error {
 	if err := writeNodeFile(d.fs, d.path, id); err != nil {
 		return fmt.Errorf("write down who the node is: %w", err)
 	}
-	d.id = id
+	d.id.Store(&id)
 	return nil
 }
 
