@@ -177,7 +177,7 @@ raft {
 
   # How long a leader without a quorum stays leader. At most heartbeat_timeout,
   # so that it has stepped down when another stands for election.
-  leader_lease_timeout = "750ms"
+  leader_lease_timeout = "1s"
 
   # How soon an idle leader tells followers what is committed: how late their
   # readers see the last record.

@@ -229,7 +229,7 @@ func defaults(h host) *Config {
 		Raft: Raft{
 			HeartbeatTimeout:   time.Second,
 			ElectionTimeout:    time.Second,
-			LeaderLeaseTimeout: 750 * time.Millisecond,
+			LeaderLeaseTimeout: time.Second,
 			CommitTimeout:      5 * time.Millisecond,
 			SnapshotInterval:   5 * time.Second,
 		},
