@@ -28,7 +28,7 @@ func TestSimHealing(t *testing.T) {
 					for range 3 {
 						time.Sleep(millis(c.rng, 3000))
 						victim := c.nodes[c.rng.IntN(3)]
-						victim.kill()
+						victim.shutdown()
 						where, err := rot(victim.mem, c.rng, "/data/logs", 2)
 						if err != nil {
 							t.Error(err)
@@ -117,7 +117,7 @@ func TestSimFive(t *testing.T) {
 						n.kill()
 						n.mem = vfstest.New()
 					case 1:
-						n.kill()
+						n.shutdown()
 						where, err := rot(n.mem, c.rng, "/data/logs", 3)
 						if err != nil {
 							t.Error(err)

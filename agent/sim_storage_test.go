@@ -187,7 +187,7 @@ func TestSimRot(t *testing.T) {
 					time.Sleep(millis(c.rng, 10000))
 					running := c.rng.IntN(2) == 0
 					if !running {
-						victim.kill()
+						victim.shutdown()
 					}
 					where, err := rot(victim.mem, c.rng, "/data/logs", 1+c.rng.IntN(3))
 					if err != nil {
