@@ -139,7 +139,8 @@ func (r *Replica) otherVoters() []raft.Server {
 // stalled hears of a disk operation that takes too long. Where nobody could
 // take over, it is only said.
 func (r *Replica) stalled(what string) {
-	if len(r.otherVoters()) == 0 {
+	// A server that has no configuration yet is not alone: it was about to get it.
+	if len(r.members()) > 0 && len(r.otherVoters()) == 0 {
 		r.cfg.Logger.Warn("the disk is very slow", "operation", what, "longer_than", r.cfg.StallLimit)
 		r.dog.calm()
 		return
