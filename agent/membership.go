@@ -25,7 +25,7 @@ type group interface {
 // membership keeps the Raft group in line with what nodes there are. It runs on
 // every node, learning where the others are; on the leader it also adds those
 // that wait, follows those that move, and removes those that ask for it. When
-// a node that is merely gone may be removed, autopilot decides, see witnesses.
+// a node that is merely gone may be removed, autopilot decides, see witness.
 //
 // The registry is never believed by itself. It says where to knock; who lives
 // there, and in what state, the node has to say itself.

@@ -164,12 +164,9 @@ func (r *Replica) Err() error {
 // resign hands leadership over before a close, if this server leads and
 // another voter lives.
 func (r *Replica) resign(ctx context.Context) {
-	if r.Err() != nil || r.raft.State() != raft.Leader || len(r.otherVoters()) == 0 {
-		return
-	}
 	ctx, cancel := context.WithTimeout(ctx, 2*r.cfg.ElectionTimeout)
 	defer cancel()
-	if err := r.TransferLeadership(ctx, ""); err != nil {
+	if err := r.HandOver(ctx); err != nil {
 		r.cfg.Logger.Warn("leadership could not be handed over before the close", "error", err)
 	}
 }
