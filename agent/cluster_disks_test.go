@@ -30,7 +30,7 @@ func TestClusterDiskFull(t *testing.T) {
 	c.servers(t, "three nodes vote", healthy(3))
 	full := c.leader(t)
 	values := numbered("before", 10)
-	produce(t, dial(t, full.listen), values...)
+	produce(t, patient(t, full.listen), values...)
 	l := startLoad(t, 2, c.addresses())
 
 	ballast := filepath.Join(full.dir, "ballast")
@@ -42,7 +42,7 @@ func TestClusterDiskFull(t *testing.T) {
 	led := time.Since(begin)
 	untilAck(t, c, full)
 	t.Logf("another node led after %v, and the next record was acknowledged after %v", led.Round(time.Millisecond), time.Since(begin).Round(time.Millisecond))
-	if got := consume(t, dial(t, full.listen), 0); len(got) < len(values) || !slices.Equal(got[:len(values)], values) {
+	if got := consume(t, patient(t, full.listen), 0); len(got) < len(values) || !slices.Equal(got[:len(values)], values) {
 		t.Errorf("the full node has %d records", len(got))
 	}
 	if err := os.Remove(ballast); err != nil {
@@ -93,7 +93,7 @@ func TestClusterWiped(t *testing.T) {
 	c := startNodes(t, 3, "")
 	c.servers(t, "three nodes vote", healthy(3))
 	values := numbered("before", 100)
-	produce(t, dial(t, c.nodes[0].listen), values...)
+	produce(t, patient(t, c.nodes[0].listen), values...)
 	l := startLoad(t, 1, c.addresses())
 	for _, m := range c.nodes[:2] {
 		was := nodeID(t, m)
@@ -113,7 +113,7 @@ func TestClusterWiped(t *testing.T) {
 		}
 	}
 	l.stop(t, c)
-	if got := consume(t, dial(t, c.nodes[0].listen), 0); !slices.Equal(got[:min(len(got), 100)], values) {
+	if got := consume(t, patient(t, c.nodes[0].listen), 0); !slices.Equal(got[:min(len(got), 100)], values) {
 		t.Errorf("there are %d records", len(got))
 	}
 }
@@ -124,7 +124,7 @@ func TestClusterForeign(t *testing.T) {
 	t.Parallel()
 	c := startNodes(t, 3, "")
 	c.servers(t, "three nodes vote", healthy(3))
-	produce(t, dial(t, c.nodes[0].listen), "ours")
+	produce(t, patient(t, c.nodes[0].listen), "ours")
 
 	other := filepath.Join(c.dir, "other")
 	alone := startNode(t, other)
@@ -141,13 +141,13 @@ func TestClusterForeign(t *testing.T) {
 	for _, m := range rest {
 		m.stderr.mustAwait(t, said)
 	}
-	produce(t, dial(t, rest[0].listen), "ours too")
+	produce(t, patient(t, rest[0].listen), "ours too")
 	<-time.After(12 * time.Second) // in which it would be said again, twice
 	for _, m := range rest {
 		if n := strings.Count(m.stderr.text(), said); n != 1 {
 			t.Errorf("%s said it %d times", m.name, n)
 		}
-		if got := consume(t, dial(t, m.listen), 0); !slices.Equal(got, []string{"ours", "ours too"}) {
+		if got := consume(t, patient(t, m.listen), 0); !slices.Equal(got, []string{"ours", "ours too"}) {
 			t.Errorf("%s has %q", m.name, got)
 		}
 	}
@@ -159,7 +159,7 @@ func TestClusterForeign(t *testing.T) {
 	c.launch(t, victim)
 	victim.awaitReady(t)
 	c.servers(t, "three nodes vote", healthy(3))
-	if got := consume(t, dial(t, victim.listen), 0); !slices.Equal(got, []string{"ours", "ours too"}) {
+	if got := consume(t, patient(t, victim.listen), 0); !slices.Equal(got, []string{"ours", "ours too"}) {
 		t.Errorf("it has %q", got)
 	}
 }

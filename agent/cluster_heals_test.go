@@ -95,7 +95,7 @@ func TestClusterHeals(t *testing.T) {
 			if tc.said != "" {
 				m.stderr.mustAwait(t, tc.said)
 			}
-			consume(t, dial(t, m.listen), 0)
+			consume(t, patient(t, m.listen), 0)
 			if after := identityOf(t, m); after.node != before.node {
 				t.Errorf("%s: the node began anew:\n%s", tc.name, m.stderr.text())
 			}
@@ -112,7 +112,7 @@ func TestClusterHeals(t *testing.T) {
 	if l.stop(t, c) == 0 {
 		t.Error("nothing was acknowledged")
 	}
-	h.check(t, consume(t, dial(t, c.nodes[0].listen), 0))
+	h.check(t, consume(t, patient(t, c.nodes[0].listen), 0))
 }
 
 // withoutLeader damages a node while there is no quorum without it: then it keeps

@@ -80,7 +80,7 @@ func TestClusterJoins(t *testing.T) {
 func appendBulk(t testing.TB, addr string, bytes int) {
 	t.Helper()
 	rng := vfstest.Rand(t)
-	p, err := dial(t, addr).NewProducer(t.Context(), client.ProducerOptions{})
+	p, err := patient(t, addr).NewProducer(t.Context(), client.ProducerOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -172,7 +172,7 @@ func (k kept) String() string {
 // from the disk.
 func readKept(t testing.TB, addr string) (k kept) {
 	t.Helper()
-	r, err := dial(t, addr).Consume(t.Context(), client.ConsumeOptions{Start: client.Earliest(), Linearizable: true})
+	r, err := patient(t, addr).Consume(t.Context(), client.ConsumeOptions{Start: client.Earliest(), Linearizable: true})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -247,13 +247,13 @@ func TestClusterLife(t *testing.T) {
 		t.Errorf("diurna.service.consul: %v, %v", hosts, err)
 	}
 	values := numbered("three", 100)
-	produce(t, dial(t, c.nodes[0].listen), values...)
+	produce(t, patient(t, c.nodes[0].listen), values...)
 
 	for n := 4; n <= 5; n++ {
 		m := c.add(t, "-bootstrap-expect", "0")
 		m.awaitReady(t)
 		c.servers(t, fmt.Sprintf("%d nodes vote", n), healthy(n))
-		if got := consume(t, dial(t, m.listen), 0); !slices.Equal(got, values) {
+		if got := consume(t, patient(t, m.listen), 0); !slices.Equal(got, values) {
 			t.Errorf("node %d has %d records", n, len(got))
 		}
 	}
@@ -277,8 +277,8 @@ func TestClusterLife(t *testing.T) {
 	c.launch(t, replacement)
 	replacement.awaitReady(t)
 	c.servers(t, "five nodes vote", healthy(5))
-	produce(t, dial(t, replacement.listen), "last")
-	if got := consume(t, dial(t, c.nodes[0].listen), 0); !slices.Equal(got, append(values, "last")) {
+	produce(t, patient(t, replacement.listen), "last")
+	if got := consume(t, patient(t, c.nodes[0].listen), 0); !slices.Equal(got, append(values, "last")) {
 		t.Errorf("there are %d records", len(got))
 	}
 }

@@ -143,7 +143,7 @@ func (p *part) Status(context.Context) (rpc.NodeStatus, error) {
 		NodeID: id.node, Name: p.cfg.Node.Name, Cluster: p.cfg.Cluster.Name, ClusterID: id.cluster,
 		State: string(p.state()), Version: p.version, Expect: p.cfg.Cluster.BootstrapExpect, FormerIDs: id.former,
 		Role: role, Term: st.Term, LastIndex: st.Last, LastTerm: st.LastTerm, AppliedIndex: st.Applied,
-		LastContact: -1, LeaderID: st.LeaderID, LeaderAddress: p.addressOf(st.LeaderID, st.LeaderAddress),
+		LastContact: -1, LeaderID: st.LeaderID, LeaderAddress: st.LeaderAddress,
 		FirstOffset: first, NextOffset: watermark, DiskFull: st.DiskFull,
 	}
 	if id.lives > 1 {
@@ -166,15 +166,19 @@ func (p *part) WaitApplied(ctx context.Context, index uint64) error {
 	return p.rpcError(p.replica.WaitApplied(ctx, index))
 }
 
-// addressOf is where a node is now, as far as is known.
-func (p *part) addressOf(id, fallback string) string {
-	if id == p.data.nodeID() {
+// addressOf is where a server of the group is now, as far as is known. The
+// leader says it with every message, which is news where the address book is not.
+func (p *part) addressOf(s replica.Server, st replica.Status) string {
+	switch {
+	case s.ID == p.data.nodeID():
 		return p.address
+	case s.ID == st.LeaderID:
+		return st.LeaderAddress
 	}
-	if address, ok := p.neighbours.book.Lookup(id); ok {
+	if address, ok := p.neighbours.book.Lookup(s.ID); ok {
 		return address
 	}
-	return fallback
+	return s.Address
 }
 
 // AddPeer implements rpc.Admin.
@@ -278,7 +282,7 @@ func (p *part) Servers(context.Context) (rpc.ServerList, error) {
 	catalog := p.neighbours.discovery.Latest()
 	list := rpc.ServerList{Self: self.ID}
 	for _, s := range servers {
-		server := rpc.Server{ID: s.ID, Address: p.addressOf(s.ID, s.Address), Voter: s.Voter, Leader: s.Leader, LastContact: -1}
+		server := rpc.Server{ID: s.ID, Address: p.addressOf(s, st), Voter: s.Voter, Leader: s.Leader, LastContact: -1}
 		if listed, ok := catalog.Find(s.ID); ok {
 			server.CatalogAddress, server.Name, server.State, server.Version = listed.Address, listed.Name, string(listed.State), listed.Version
 		}

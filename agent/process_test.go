@@ -256,10 +256,22 @@ func (n *node) kill(t testing.TB) {
 	n.wait(t)
 }
 
+// dial makes a client that repeats nothing: what one node says counts.
 func dial(t testing.TB, addr string) *client.Client {
 	t.Helper()
-	// What one node says is what these tests are about.
-	c, err := client.Dial(addr, client.WithRetry(0))
+	return dialWith(t, addr, client.WithRetry(0))
+}
+
+// patient makes a client as users have one. A cluster may be without a leader at
+// any moment, and be well.
+func patient(t testing.TB, addr string) *client.Client {
+	t.Helper()
+	return dialWith(t, addr, client.WithRetry(patience))
+}
+
+func dialWith(t testing.TB, addr string, opts ...client.Option) *client.Client {
+	t.Helper()
+	c, err := client.Dial(addr, opts...)
 	if err != nil {
 		t.Fatal(err)
 	}

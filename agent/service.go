@@ -118,8 +118,7 @@ func (p *part) rpcError(err error) error {
 	case errors.Is(err, replica.ErrClosed), errors.Is(err, logstore.ErrClosed):
 		return rpc.ErrClosed
 	case errors.As(err, &notLeader):
-		// Where it is now, not where it was when it joined.
-		return &rpc.NotLeaderError{LeaderID: notLeader.LeaderID, LeaderAddress: p.addressOf(notLeader.LeaderID, notLeader.LeaderAddress)}
+		return &rpc.NotLeaderError{LeaderID: notLeader.LeaderID, LeaderAddress: notLeader.LeaderAddress}
 	case errors.As(err, &quorum):
 		return &rpc.QuorumError{Voters: quorum.Voters, Healthy: quorum.Alive}
 	case errors.As(err, &unknown):

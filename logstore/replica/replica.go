@@ -228,7 +228,7 @@ type Status struct {
 	Applied  uint64
 	Last     uint64 // index of the last entry, LastTerm its term
 	LastTerm uint64
-	// Who leads, as far as is known, and where it was when it joined.
+	// Who leads, as far as is known, and where it says that it is.
 	LeaderID, LeaderAddress string
 	// LastContact is the time of the last message from the leader; zero where
 	// there is none.
