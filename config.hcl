@@ -115,11 +115,114 @@ listener {
   # address of this machine where rpc is a wildcard.
   advertise = ""
 
+  # Where health checks, metrics and the node's status are served by HTTP. The
+  # default is reachable from this machine only.
+  http = "127.0.0.1:8402"
+
   # Connections open at a time, so that a flood costs bounded memory.
   max_connections = 4096
 
   # Calls under way at a time, for the same reason.
   max_streams = 4096
+}
+
+tls {
+  # How connections are secured, between nodes and with clients. Required,
+  # except with -dev, where it is "none".
+  #
+  # "vault": certificates from Vault's PKI, see below, renewed by themselves.
+  # "files": the three files below, read again when they change.
+  # "dev": a throw-away CA of the node's own, to try things.
+  # "none": plaintext. Whoever reaches the port may do everything.
+  source = "none"
+
+  # For "files", PEM: the node's certificate with those that lead to the CA's ...
+  cert_file = ""
+
+  # ... its key ...
+  key_file = ""
+
+  # ... and the CAs that vouch for nodes and clients.
+  ca_file = ""
+
+  # For "dev": a folder with the CA, for nodes of one machine to share. The
+  # first of them makes it. Empty is a CA for this node alone, in data_dir.
+  dev_dir = ""
+
+  # The oldest version of TLS to speak: "1.2" or "1.3".
+  min_version = "1.3"
+
+  # DNS names and IP addresses for the certificate, for "vault" and "dev",
+  # besides the node's own.
+  names = []
+}
+
+vault {
+  # Used with tls.source = "vault" only. All paths are read again when a login
+  # fails, or the file changes.
+  address = "https://127.0.0.1:8200"
+
+  # Who vouches for Vault's own certificate. Empty: the machine's roots.
+  ca_file = ""
+
+  # Needs Vault Enterprise.
+  namespace = ""
+
+  # How to log in: "token", "token_file", "approle", "kubernetes", or "jwt", as
+  # with Nomad's workload identity. What is obtained by logging in is kept
+  # alive, and obtained anew when it is lost.
+  auth = "token"
+
+  # Where that method is mounted. Empty: its name.
+  auth_mount = ""
+
+  # For "kubernetes" and "jwt": the role to log in as.
+  auth_role = ""
+
+  # For "token". Better in the environment than here: env("VAULT_TOKEN").
+  token = ""
+
+  # For "token_file": the file, which somebody else keeps up to date.
+  token_file = ""
+
+  # For "approle".
+  role_id = ""
+
+  # For "approle": the secret, or ...
+  secret_id = ""
+
+  # ... the file that holds it.
+  secret_id_file = ""
+
+  # For "jwt" and "kubernetes": the file with the token to log in with. Empty is
+  # where Kubernetes puts it, for "kubernetes".
+  jwt_file = ""
+
+  # The PKI engine that signs ...
+  pki_mount = "pki_diurna"
+
+  # ... and its role: scripts/vault-pki.sh sets them up.
+  pki_role = "diurna-server"
+
+  # Other PKI engines whose issuers are trusted too, such as the root's.
+  ca_mounts = []
+
+  # The life to ask for. The role may grant less. A certificate is renewed after
+  # about two thirds of its life.
+  ttl = "24h"
+}
+
+acl {
+  # Whether the policy decides who may do what. Without it everybody with a
+  # certificate may do everything. Needs tls.
+  enabled = false
+
+  # The rules, one on a line: see docs/security.md. Read again on a reload and
+  # when it changes; one with an error leaves the old rules in force.
+  policy_file = ""
+
+  # How the rules are applied, as a Casbin model. Empty is the built-in one.
+  model_file = ""
 }
 
 limits {

@@ -22,6 +22,7 @@ func (l *loader) check(c *Config) {
 	}
 	l.checkAdvertise(c)
 	l.checkCluster(c)
+	l.checkSecurity(c)
 
 	size := func(name string, n int64) operand { return operand{name, n, formatSize(n)} }
 	record := operand{"limits.max_record", c.Limits.MaxRecord + RecordFraming,

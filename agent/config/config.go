@@ -23,6 +23,9 @@ type Config struct {
 	Consul     Consul
 	Membership Membership
 	Listener   Listener
+	TLS        TLS
+	Vault      Vault
+	ACL        ACL
 	Limits     Limits
 	Log        Log
 	Disk       Disk
@@ -112,10 +115,88 @@ type Listener struct {
 	// Its port is 0 only where RPC's is and Advertise was not given; the port
 	// is then known once the node listens.
 	Advertise string
+	// HTTP is the address to listen at for health checks, metrics and the like.
+	HTTP string
 	// MaxConnections is how many connections may be open.
 	MaxConnections int
 	// MaxStreams is how many calls may be under way.
 	MaxStreams int
+}
+
+// Kinds of TLS.Source.
+const (
+	TLSNone  = "none"
+	TLSDev   = "dev"
+	TLSFiles = "files"
+	TLSVault = "vault"
+)
+
+// TLS is how connections are secured.
+type TLS struct {
+	// Source is where the node's certificate comes from: TLSNone for plaintext,
+	// TLSDev for a throw-away CA, TLSFiles or TLSVault.
+	Source string
+	// CertFile, KeyFile and CAFile are PEM, for TLSFiles.
+	CertFile, KeyFile, CAFile string
+	// DevDir is where nodes that share a throw-away CA find it, for TLSDev.
+	// Empty means a folder of the data directory: a CA for this node alone.
+	DevDir string
+	// MinVersion is "1.2" or "1.3".
+	MinVersion string
+	// Names are DNS names and IP addresses that the certificate is to hold
+	// besides those that every node's has, for TLSDev and TLSVault.
+	Names []string
+}
+
+// Kinds of Vault.Auth.
+const (
+	VaultToken      = "token"
+	VaultTokenFile  = "token_file"
+	VaultAppRole    = "approle"
+	VaultKubernetes = "kubernetes"
+	VaultJWT        = "jwt"
+)
+
+// Vault is how to get certificates from Vault's PKI.
+type Vault struct {
+	// Address is a URL.
+	Address string
+	// CAFile is who vouches for Vault's own certificate; empty means the
+	// machine's roots.
+	CAFile string
+	// Namespace needs Vault Enterprise.
+	Namespace string
+	// Auth is how to log in: see the kinds.
+	Auth string
+	// AuthMount is where that method is mounted. Empty means its name.
+	AuthMount string
+	// AuthRole is the role to log in as, for VaultKubernetes and VaultJWT.
+	AuthRole string
+	// Token is for VaultToken, TokenFile for VaultTokenFile; the file is read
+	// again when it changes.
+	Token, TokenFile string
+	// RoleID and SecretID, or the file that holds it, are for VaultAppRole.
+	RoleID, SecretID, SecretIDFile string
+	// JWTFile is for VaultJWT and VaultKubernetes.
+	JWTFile string
+	// PKIMount is where the PKI engine is mounted that signs, with PKIRole.
+	PKIMount, PKIRole string
+	// CAMounts are PKI engines whose issuers are trusted, besides PKIMount.
+	CAMounts []string
+	// TTL is the life to ask for; the role may grant less.
+	TTL time.Duration
+}
+
+// ACL is who may do what.
+type ACL struct {
+	// Enabled asks the policy before every call. Without it everybody with a
+	// certificate may do everything.
+	Enabled bool
+	// PolicyFile holds the rules, Casbin's CSV.
+	PolicyFile string
+	// ModelFile replaces the model they are applied by; empty means the
+	// built-in one.
+	ModelFile string
 }
 
 // Limits bounds what clients may ask for.
@@ -180,7 +261,7 @@ const (
 )
 
 // Default returns what holds where nothing is said. It is a valid
-// configuration but for DataDir, which has no default.
+// configuration but for DataDir and TLS.Source, which have no default.
 func Default() *Config { return defaults(thisHost) }
 
 // Dev returns Default for a throw-away node.
@@ -193,6 +274,7 @@ func Dev() *Config {
 // forDev makes defaults those of a throw-away node.
 func (c *Config) forDev() {
 	c.Dev = true
+	c.TLS.Source = TLSNone
 	c.hurry()
 }
 
@@ -210,6 +292,7 @@ func defaults(h host) *Config {
 		Listener: Listener{
 			RPC:            "127.0.0.1:8400",
 			Advertise:      "127.0.0.1:8400",
+			HTTP:           "127.0.0.1:8402",
 			MaxConnections: 4096,
 			MaxStreams:     4096,
 		},
@@ -223,6 +306,11 @@ func defaults(h host) *Config {
 			LeftAfter:     10 * time.Minute,
 			DeadAfter:     24 * time.Hour,
 			CleanupDead:   true,
+		},
+		TLS: TLS{MinVersion: "1.3"},
+		Vault: Vault{
+			Address: "https://127.0.0.1:8200", Auth: VaultToken,
+			PKIMount: "pki_diurna", PKIRole: "diurna-server", TTL: 24 * time.Hour,
 		},
 		Log:  Log{SegmentSize: 64 * mib, ScrubInterval: 24 * time.Hour},
 		Disk: Disk{MinFree: 256 * mib, StallLimit: 2 * time.Second},

@@ -68,7 +68,7 @@ func TestReferenceFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := Default()
-	want.DataDir = got.DataDir
+	want.DataDir, want.TLS.Source = got.DataDir, got.TLS.Source // these have no default
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("config.hcl says\n%+v, the defaults are\n%+v", got, want)
 	}

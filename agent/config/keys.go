@@ -79,6 +79,37 @@ var keys = []key{
 	{name: "listener.max_connections", kind: kindCount, min: 1, max: 1 << 20, field: func(c *Config) any { return &c.Listener.MaxConnections }},
 	{name: "listener.max_streams", kind: kindCount, min: 1, max: 1 << 20, field: func(c *Config) any { return &c.Listener.MaxStreams }},
 
+	{name: "listener.http", kind: kindAddress, field: func(c *Config) any { return &c.Listener.HTTP }},
+
+	{name: "tls.source", kind: kindChoice, oneOf: []string{TLSNone, TLSDev, TLSFiles, TLSVault}, field: func(c *Config) any { return &c.TLS.Source }},
+	{name: "tls.cert_file", kind: kindText, empty: true, field: func(c *Config) any { return &c.TLS.CertFile }},
+	{name: "tls.key_file", kind: kindText, empty: true, field: func(c *Config) any { return &c.TLS.KeyFile }},
+	{name: "tls.ca_file", kind: kindText, empty: true, field: func(c *Config) any { return &c.TLS.CAFile }},
+	{name: "tls.dev_dir", kind: kindText, empty: true, field: func(c *Config) any { return &c.TLS.DevDir }},
+	{name: "tls.min_version", kind: kindChoice, oneOf: []string{"1.2", "1.3"}, field: func(c *Config) any { return &c.TLS.MinVersion }},
+	{name: "tls.names", kind: kindList, field: func(c *Config) any { return &c.TLS.Names }},
+
+	{name: "vault.address", kind: kindText, field: func(c *Config) any { return &c.Vault.Address }},
+	{name: "vault.ca_file", kind: kindText, empty: true, field: func(c *Config) any { return &c.Vault.CAFile }},
+	{name: "vault.namespace", kind: kindText, empty: true, field: func(c *Config) any { return &c.Vault.Namespace }},
+	{name: "vault.auth", kind: kindChoice, oneOf: []string{VaultToken, VaultTokenFile, VaultAppRole, VaultKubernetes, VaultJWT}, field: func(c *Config) any { return &c.Vault.Auth }},
+	{name: "vault.auth_mount", kind: kindText, empty: true, field: func(c *Config) any { return &c.Vault.AuthMount }},
+	{name: "vault.auth_role", kind: kindText, empty: true, field: func(c *Config) any { return &c.Vault.AuthRole }},
+	{name: "vault.token", kind: kindText, empty: true, secret: true, field: func(c *Config) any { return &c.Vault.Token }},
+	{name: "vault.token_file", kind: kindText, empty: true, field: func(c *Config) any { return &c.Vault.TokenFile }},
+	{name: "vault.role_id", kind: kindText, empty: true, field: func(c *Config) any { return &c.Vault.RoleID }},
+	{name: "vault.secret_id", kind: kindText, empty: true, secret: true, field: func(c *Config) any { return &c.Vault.SecretID }},
+	{name: "vault.secret_id_file", kind: kindText, empty: true, field: func(c *Config) any { return &c.Vault.SecretIDFile }},
+	{name: "vault.jwt_file", kind: kindText, empty: true, field: func(c *Config) any { return &c.Vault.JWTFile }},
+	{name: "vault.pki_mount", kind: kindText, field: func(c *Config) any { return &c.Vault.PKIMount }},
+	{name: "vault.pki_role", kind: kindText, field: func(c *Config) any { return &c.Vault.PKIRole }},
+	{name: "vault.ca_mounts", kind: kindList, field: func(c *Config) any { return &c.Vault.CAMounts }},
+	{name: "vault.ttl", kind: kindDuration, min: millis(10_000), max: int64(365 * 24 * time.Hour), field: func(c *Config) any { return &c.Vault.TTL }},
+
+	{name: "acl.enabled", kind: kindFlag, field: func(c *Config) any { return &c.ACL.Enabled }},
+	{name: "acl.policy_file", kind: kindText, empty: true, field: func(c *Config) any { return &c.ACL.PolicyFile }},
+	{name: "acl.model_file", kind: kindText, empty: true, field: func(c *Config) any { return &c.ACL.ModelFile }},
+
 	// A batch and what is sent around it stays below the 4 MiB that gRPC
 	// clients accept unless told otherwise.
 	{name: "limits.max_record", kind: kindSize, min: 1, max: 3 * mib, field: func(c *Config) any { return &c.Limits.MaxRecord }},

@@ -57,6 +57,7 @@ func (s *Sources) Register(fs *flag.FlagSet) {
 		{"data-dir", "data_dir", "keep the node's data in this `folder`"},
 		{"node", "node.name", "the node's `name`"},
 		{"rpc-addr", "listener.rpc", "listen at this `host:port` for clients and peers"},
+		{"http-addr", "listener.http", "listen at this `host:port` for HTTP: health, metrics, status"},
 		{"bootstrap-expect", "cluster.bootstrap_expect", "form a cluster with this `number` of nodes, this one included"},
 		{"peers", "discovery.peers", "find the other nodes at these addresses (`host:port,...`)"},
 		{"discovery", "discovery.type", "find the other nodes by this `type`: static or consul"},
@@ -66,6 +67,10 @@ func (s *Sources) Register(fs *flag.FlagSet) {
 		fs.Func(f.name, f.usage, override(f.name, f.key))
 	}
 	fs.BoolFunc("log-json", "log JSON", override("log-json", "log_json"))
+	fs.BoolFunc("tls", "with -dev: secure connections, with certificates of a throw-away CA", func(string) error {
+		return override("tls", "tls.source")(TLSDev)
+	})
+	fs.Func("tls-dir", "share the throw-away CA in this `folder` with other nodes of this machine", override("tls-dir", "tls.dev_dir"))
 }
 
 // paths lists the files to read, in order.
