@@ -3,7 +3,10 @@ package config
 import (
 	"net"
 	"net/url"
+	"regexp"
 )
+
+var dnsName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*$`)
 
 // checkSecurity looks at whether it is said who is trusted, and how.
 func (l *loader) checkSecurity(c *Config) {
@@ -21,6 +24,10 @@ func (l *loader) checkSecurity(c *Config) {
 		}
 	case TLSVault:
 		l.checkVault(c)
+	}
+	if c.TLS.Source != TLSNone && !l.bad["cluster.name"] && !dnsName.MatchString(c.Cluster.Name) {
+		l.fail("cluster.name", "Invalid value for cluster.name",
+			"Certificates hold it as part of a DNS name, and %q cannot be that: letters, digits, dots and hyphens.", c.Cluster.Name)
 	}
 	l.checkNames(c)
 	if l.bad["acl.enabled"] || !c.ACL.Enabled {

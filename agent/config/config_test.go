@@ -44,12 +44,15 @@ func write(t *testing.T, namesAndTexts ...string) string {
 // loadText loads one file called node.hcl beside a data_dir.
 func loadText(t *testing.T, text string) (*Config, error) {
 	t.Helper()
-	dir := write(t, "node.hcl", text)
+	dir := write(t, "node.hcl", text, "a.hcl", plaintext)
 	return load(Sources{
-		Files:     []string{filepath.Join(dir, "node.hcl")},
+		Files:     []string{filepath.Join(dir, "a.hcl"), filepath.Join(dir, "node.hcl")},
 		Overrides: []Override{{Flag: "-data-dir", Key: "data_dir", Value: "/data"}},
 	}, testHost())
 }
+
+// plaintext is what every node but a -dev one has to say one way or the other.
+const plaintext = "tls {\n  source = \"none\"\n}\n"
 
 func mustLoad(t *testing.T, src Sources) *Config {
 	t.Helper()
@@ -193,8 +196,41 @@ disk {
 listener {
   rpc = "0.0.0.0:1"
   advertise = "log.example.com:2"
+  http = "0.0.0.0:3"
   max_connections = 3
   max_streams = 4
+}
+tls {
+  source = "Vault"
+  cert_file = "/tc"
+  key_file = "/tk"
+  ca_file = "/tca"
+  dev_dir = "/td"
+  min_version = "1.2"
+  names = ["n1.example.com", "10.0.0.9"]
+}
+vault {
+  address = "https://vault.service.consul:8200"
+  ca_file = "/vca"
+  namespace = "ns"
+  auth = "jwt"
+  auth_mount = "jwt-nomad"
+  auth_role = "log"
+  token = "vt"
+  token_file = "/vt"
+  role_id = "r"
+  secret_id = "s"
+  secret_id_file = "/s"
+  jwt_file = "/j"
+  pki_mount = "pki"
+  pki_role = "server"
+  ca_mounts = ["root"]
+  ttl = "2h"
+}
+acl {
+  enabled = true
+  policy_file = "/p.csv"
+  model_file = "/m.conf"
 }
 limits {
   max_record = "5B"
@@ -227,9 +263,14 @@ raft {
 			Service: "log", Tags: []string{"blue"}},
 		Membership: Membership{Stabilization: time.Second, LastContact: 2 * time.Second, LeftAfter: 3 * time.Minute, DeadAfter: 4 * time.Hour},
 		Disk:       Disk{StallLimit: 3 * time.Second},
-		Listener:   Listener{RPC: "0.0.0.0:1", Advertise: "log.example.com:2", MaxConnections: 3, MaxStreams: 4},
-		Limits:     Limits{MaxRecord: 5, MaxBatch: 6 << 10, InFlight: 7 << 30},
-		Log:        Log{SegmentSize: 8 << 20, RetentionAge: 48 * time.Hour, RetentionBytes: 9 << 30, ScrubInterval: 13 * time.Hour},
+		Listener:   Listener{RPC: "0.0.0.0:1", Advertise: "log.example.com:2", HTTP: "0.0.0.0:3", MaxConnections: 3, MaxStreams: 4},
+		TLS:        TLS{Source: "vault", CertFile: "/tc", KeyFile: "/tk", CAFile: "/tca", DevDir: "/td", MinVersion: "1.2", Names: []string{"n1.example.com", "10.0.0.9"}},
+		Vault: Vault{Address: "https://vault.service.consul:8200", CAFile: "/vca", Namespace: "ns", Auth: "jwt", AuthMount: "jwt-nomad", AuthRole: "log",
+			Token: "vt", TokenFile: "/vt", RoleID: "r", SecretID: "s", SecretIDFile: "/s", JWTFile: "/j",
+			PKIMount: "pki", PKIRole: "server", CAMounts: []string{"root"}, TTL: 2 * time.Hour},
+		ACL:    ACL{Enabled: true, PolicyFile: "/p.csv", ModelFile: "/m.conf"},
+		Limits: Limits{MaxRecord: 5, MaxBatch: 6 << 10, InFlight: 7 << 30},
+		Log:    Log{SegmentSize: 8 << 20, RetentionAge: 48 * time.Hour, RetentionBytes: 9 << 30, ScrubInterval: 13 * time.Hour},
 		Raft: Raft{HeartbeatTimeout: time.Second, ElectionTimeout: 2 * time.Second, LeaderLeaseTimeout: 900 * time.Millisecond,
 			CommitTimeout: 11 * time.Millisecond, SnapshotInterval: 12 * time.Second},
 	}
@@ -243,6 +284,7 @@ func TestMergeOrder(t *testing.T) {
 		"first.hcl", `
 data_dir = "/first"
 log_level = "debug"
+`+plaintext+`
 raft {
   heartbeat_timeout = "100ms"
   commit_timeout = "7ms"
@@ -266,7 +308,7 @@ raft {
 
 // Kubernetes mounts configuration as links to links.
 func TestDirFollowsLinks(t *testing.T) {
-	dir := write(t, "real/..data/a.hcl", `data_dir = "/linked"`)
+	dir := write(t, "real/..data/a.hcl", `data_dir = "/linked"`+"\n"+plaintext)
 	if err := os.Symlink(filepath.Join("..data", "a.hcl"), filepath.Join(dir, "real", "a.hcl")); err != nil {
 		t.Fatal(err)
 	}
@@ -281,6 +323,7 @@ data_dir = "/srv/${hostname()}"
 log_level = env("LEVEL", "error")
 log_json = null
 node { name = trimspace(file("name.txt")) }
+`+plaintext+`
 listener {
   rpc = "{{ GetPrivateIP | replace \"10\" \"10\" }}:9"
   advertise = env("EMPTY")

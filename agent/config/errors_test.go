@@ -107,12 +107,25 @@ func TestBadInput(t *testing.T) {
 		"advertise wildcard":  {"listener {\n advertise = \"0.0.0.0:8400\"\n}", "2", []string{"listener.advertise", "must be one address"}},
 		"advertise no host":   {"listener {\n advertise = \":8400\"\n}", "2", []string{"must be one address"}},
 		"advertise port 0":    {"listener {\n advertise = \"10.0.0.1:0\"\n}", "2", []string{"with a port"}},
+
+		"tls source":        {"tls {\n source = \"letsencrypt\"\n}", "2", []string{"tls.source", "none, dev, files, vault"}},
+		"tls file":          {"tls {\n source = \"files\"\n cert_file = \"c\"\n key_file = \"k\"\n ca_file = \"\"\n}", "5", []string{"Missing tls.ca_file"}},
+		"tls name":          {"tls {\n names = [\"a b\"]\n}", "2", []string{"neither a DNS name nor an IP address"}},
+		"tls cluster":       {"tls {\n source = \"dev\"\n}\ncluster { name = \"my_cluster\" }", "4", []string{"cluster.name", "part of a DNS name"}},
+		"vault address":     {"tls { source = \"vault\" }\nvault {\n address = \"vault:8200\"\n token = \"t\"\n}", "3", []string{"vault.address", "not a URL"}},
+		"vault token":       {"tls { source = \"vault\" }\nvault {\n token = \"\"\n}", "3", []string{"Missing vault.token", "VAULT_TOKEN"}},
+		"vault approle":     {"tls { source = \"vault\" }\nvault {\n auth = \"approle\"\n role_id = \"r\"\n secret_id = \"\"\n}", "5", []string{"Missing vault.secret_id", "secret_id_file"}},
+		"vault two secrets": {"tls { source = \"vault\" }\nvault {\n auth = \"approle\"\n secret_id = \"s\"\n secret_id_file = \"f\"\n role_id = \"r\"\n}", "5", []string{"one of the two"}},
+		"vault jwt":         {"tls { source = \"vault\" }\nvault {\n auth = \"jwt\"\n auth_role = \"r\"\n jwt_file = \"\"\n}", "5", []string{"Missing vault.jwt_file"}},
+		"vault kubernetes":  {"tls { source = \"vault\" }\nvault {\n auth = \"kubernetes\"\n auth_role = \"\"\n}", "4", []string{"Missing vault.auth_role"}},
+		"acl without tls":   {"acl {\n enabled = true\n policy_file = \"p\"\n}", "2", []string{"acl.enabled", "needs certificates"}},
+		"acl without rules": {"tls { source = \"dev\" }\nacl {\n enabled = true\n policy_file = \"\"\n}", "4", []string{"Missing acl.policy_file"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := loadText(t, "\n"+tc.text)
 			if name == "data_dir" {
 				// The flag of loadText would hide it.
-				dir := write(t, "node.hcl", "\n"+tc.text)
+				dir := write(t, "node.hcl", "\n"+tc.text+"\n"+plaintext)
 				_, err = load(Sources{Files: []string{filepath.Join(dir, "node.hcl")}}, testHost())
 			}
 			var bad *Error
@@ -122,7 +135,7 @@ func TestBadInput(t *testing.T) {
 			msg := err.Error()
 			// Files begin with an empty line, so that line 1 cannot pass by
 			// being the zero value.
-			place := "node.hcl:" + map[string]string{"1": "2", "2": "3", "3": "4", "4": "5"}[tc.line] + ": "
+			place := "node.hcl:" + map[string]string{"1": "2", "2": "3", "3": "4", "4": "5", "5": "6"}[tc.line] + ": "
 			want := tc.want
 			for i, w := range want {
 				if w == "node.hcl:1" {
@@ -205,10 +218,19 @@ func TestNoPrivateAddress(t *testing.T) {
 	}
 }
 
+// Plaintext has to be asked for by name.
+func TestTLSHasToBeSaid(t *testing.T) {
+	dir := write(t, "node.hcl", "data_dir = \"/data\"")
+	_, err := load(Sources{Files: []string{filepath.Join(dir, "node.hcl")}}, testHost())
+	if err == nil || !strings.Contains(err.Error(), "Missing tls.source") || !strings.Contains(err.Error(), "plaintext") {
+		t.Errorf("%v", err)
+	}
+}
+
 // All problems of all files at once, each with its line of source; colour and
 // folding only where asked for.
 func TestPrint(t *testing.T) {
-	dir := write(t, "a.hcl", "log_level = \"loud\"\n", "b.hcl", "limits {\n  max_record = \"64\"\n  max_bach = \"1MiB\"\n}\n")
+	dir := write(t, "a.hcl", "log_level = \"loud\"\n"+plaintext, "b.hcl", "limits {\n  max_record = \"64\"\n  max_bach = \"1MiB\"\n}\n")
 	_, err := load(Sources{Dirs: []string{dir}}, testHost())
 	var bad *Error
 	if !errors.As(err, &bad) {
