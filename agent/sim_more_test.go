@@ -101,7 +101,8 @@ func TestSimSync(t *testing.T) {
 func TestSimFive(t *testing.T) {
 	t.Parallel()
 	rounds := simRounds(t, 10)
-	opts := simOptions{nodes: 5, clients: 4, registry: true, tune: func(_ *simNode, cfg *config.Config) { cfg.Log.ScrubInterval = 10 * time.Second }}
+	const scrub = 5 * time.Second
+	opts := simOptions{nodes: 5, clients: 4, registry: true, tune: func(_ *simNode, cfg *config.Config) { cfg.Log.ScrubInterval = scrub }}
 	simulate(t, simSeed(t), opts, func(c *simCluster) {
 		c.awaitReady(c.nodes...)
 		for _, cl := range c.clients {
@@ -110,6 +111,7 @@ func TestSimFive(t *testing.T) {
 		c.work(func() {
 			for range rounds {
 				a, b := c.pair(c.rng)
+				rotten := false
 				for _, n := range []*simNode{a, b} {
 					switch c.rng.IntN(5) {
 					case 0:
@@ -123,6 +125,7 @@ func TestSimFive(t *testing.T) {
 							t.Error(err)
 						}
 						c.h.note("bits of %s flip: %v", n.name, where)
+						rotten = true
 					case 2:
 						c.h.note("%s loses its power", n.name)
 						n.power(c.rng, vfstest.None)
@@ -141,6 +144,12 @@ func TestSimFive(t *testing.T) {
 				c.mend()
 				c.awaitReady(c.nodes...)
 				c.awaitGroup(c.nodes...)
+				if rotten {
+					// Damage that nobody has found yet makes a third one of the next two.
+					time.Sleep(3 * scrub)
+					c.awaitReady(c.nodes...)
+					c.awaitGroup(c.nodes...)
+				}
 			}
 		})
 		c.audit()

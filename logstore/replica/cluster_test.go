@@ -125,7 +125,7 @@ func (c *cluster) stop(id string) {
 // eventually waits until f holds.
 func eventually(t testing.TB, what string, f func() bool) {
 	t.Helper()
-	deadline := time.After(30 * time.Second)
+	deadline := time.After(time.Minute)
 	for !f() {
 		select {
 		case <-deadline:
