@@ -38,6 +38,7 @@ func testConfig(t testing.TB, dir string) *config.Config {
 	cfg := config.Dev()
 	cfg.DataDir = dir
 	cfg.Listener.RPC, cfg.Listener.Advertise = "127.0.0.1:0", "127.0.0.1:0"
+	cfg.Listener.HTTP = "127.0.0.1:0"
 	cfg.Log.SegmentSize = 1 << 20
 	cfg.ShutdownTimeout = patience
 	return cfg

@@ -216,7 +216,7 @@ func startCluster(t testing.TB, n int) []*node {
 	nodes := make([]*node, n)
 	for i, a := range addresses {
 		file := filepath.Join(dir, fmt.Sprintf("node%d.hcl", i+1))
-		conf := fmt.Sprintf("data_dir = %q\nlog_json = true\nlistener {\n  rpc = %q\n}\ncluster {\n  bootstrap_expect = %d\n}\ndiscovery {\n  peers = [%s]\n}\n",
+		conf := fmt.Sprintf("data_dir = %q\nlog_json = true\nlistener {\n  rpc = %q\n  http = \"127.0.0.1:0\"\n}\ntls {\n  source = \"none\"\n}\ncluster {\n  bootstrap_expect = %d\n}\ndiscovery {\n  peers = [%s]\n}\n",
 			filepath.Join(dir, fmt.Sprintf("node%d", i+1)), a, n, strings.Join(quoted, ", "))
 		if err := os.WriteFile(file, []byte(conf), 0o600); err != nil {
 			t.Fatal(err)

@@ -224,7 +224,7 @@ func startNode(t testing.TB, dir string, more ...string) *node {
 
 func launchNode(t testing.TB, dir string, more ...string) *node {
 	t.Helper()
-	args := append([]string{"agent", "-dev", "-data-dir", dir, "-rpc-addr", "127.0.0.1:0", "-log-json"}, more...)
+	args := append([]string{"agent", "-dev", "-data-dir", dir, "-rpc-addr", "127.0.0.1:0", "-http-addr", "127.0.0.1:0", "-log-json"}, more...)
 	return &node{process: startDiurna(t, args...)}
 }
 

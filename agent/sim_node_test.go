@@ -99,6 +99,7 @@ func (n *simNode) running() (*simProcess, *Agent) {
 
 func (n *simNode) config() *config.Config {
 	cfg := config.Default()
+	cfg.TLS.Source, cfg.Listener.HTTP = config.TLSNone, ""
 	cfg.DataDir = "/data"
 	cfg.Node.Name = n.name
 	cfg.Cluster.Name = "sim"
