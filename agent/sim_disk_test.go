@@ -166,6 +166,12 @@ func (d *simDisk) failed(op, name string, err error) error {
 	return failure
 }
 
+// rot damages the node's files, see rot. The node must not run.
+func (n *simNode) rot(rng *rand.Rand, part string, bits int) (where []string, err error) {
+	n.rotten = true
+	return rot(n.mem, rng, part, bits)
+}
+
 // rot damages stored files, a bit each of n that have part in their names, and
 // says where. Nobody may be using them.
 func rot(mem *vfstest.Mem, rng *rand.Rand, part string, n int) (where []string, err error) {

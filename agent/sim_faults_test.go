@@ -173,7 +173,7 @@ var simFaults = []fault{
 		// node is started again, is taken for an unfinished write. See
 		// docs/GUARANTEES.md.
 		n.shutdown()
-		where, err := rot(n.mem, rng, "/data/logs", 1+rng.IntN(3))
+		where, err := n.rot(rng, "/data/logs", 1+rng.IntN(3))
 		if err != nil {
 			c.t.Error(err)
 		}

@@ -29,7 +29,7 @@ func TestSimHealing(t *testing.T) {
 						time.Sleep(millis(c.rng, 3000))
 						victim := c.nodes[c.rng.IntN(3)]
 						victim.shutdown()
-						where, err := rot(victim.mem, c.rng, "/data/logs", 2)
+						where, err := victim.rot(c.rng, "/data/logs", 2)
 						if err != nil {
 							t.Error(err)
 						}
@@ -120,7 +120,7 @@ func TestSimFive(t *testing.T) {
 						n.mem = vfstest.New()
 					case 1:
 						n.shutdown()
-						where, err := rot(n.mem, c.rng, "/data/logs", 3)
+						where, err := n.rot(c.rng, "/data/logs", 3)
 						if err != nil {
 							t.Error(err)
 						}

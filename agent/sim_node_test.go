@@ -28,6 +28,8 @@ type simNode struct {
 	name string
 	tune func(*config.Config) // what this node has different; may be nil
 	mem  *vfstest.Mem
+	// rotten: some of what it stored was damaged, and it may not have noticed.
+	rotten bool
 
 	mu      sync.Mutex
 	port    int

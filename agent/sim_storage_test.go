@@ -189,7 +189,7 @@ func TestSimRot(t *testing.T) {
 					if !running {
 						victim.shutdown()
 					}
-					where, err := rot(victim.mem, c.rng, "/data/logs", 1+c.rng.IntN(3))
+					where, err := victim.rot(c.rng, "/data/logs", 1+c.rng.IntN(3))
 					if err != nil {
 						t.Error(err)
 					}

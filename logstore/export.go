@@ -89,7 +89,7 @@ type Export struct {
 	header exportHeader
 	parts  []exportPart
 
-	mu     sync.Mutex // guards the parts' files
+	mu     vfs.Mutex // guards the parts' files
 	closed bool
 
 	next  int      // the part to read next; the stream's header is before part 0

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"sync"
 
 	"github.com/diurnalog/diurna/logstore/vfs"
 )
@@ -51,7 +50,7 @@ type handles struct {
 	fs  vfs.FS
 	max int
 
-	mu     sync.Mutex
+	mu     vfs.Mutex
 	opened int
 	idle   list.List // of *segment, least recently used first
 	closed bool

@@ -26,14 +26,14 @@ type keeper struct {
 
 	// nextMu guards the prepared segment. It is held while one is being made:
 	// an append that needs it then waits rather than making a second.
-	nextMu   sync.Mutex
+	nextMu   vfs.Mutex
 	next     *prepared
 	wantNext atomic.Bool
 
 	// mu is held over each piece of the work below, and by truncation and
 	// deletion, so that no index or checkpoint is written of what they change.
 	// Taken after Log.mu where both are.
-	mu         sync.Mutex
+	mu         vfs.Mutex
 	checkpoint checkpointWriter
 
 	todoMu sync.Mutex

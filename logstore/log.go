@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"sort"
-	"sync"
 	"sync/atomic"
 
 	"github.com/diurnalog/diurna/logstore/vfs"
@@ -26,7 +25,7 @@ type Log struct {
 	handles handles
 
 	// mu is held by writers: Append, TruncateSuffix, DeletePrefix, Close.
-	mu     sync.Mutex
+	mu     vfs.Mutex
 	active vfs.File // the last segment's file
 	space  int64    // how much of it, from its start, has its place on the disk
 	buf    []byte   // frames on their way to it

@@ -45,7 +45,7 @@ type Book struct {
 	fs   vfs.FS
 	file string
 
-	writing sync.Mutex // held while the file is written, and before mu
+	writing vfs.Mutex // held while the file is written, and before mu
 
 	mu      sync.Mutex
 	entries map[string]Entry // guarded by mu

@@ -6,12 +6,12 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
-	"sync"
 	"sync/atomic"
 
 	"github.com/hashicorp/raft"
 
 	"github.com/diurnalog/diurna/logstore"
+	"github.com/diurnalog/diurna/logstore/vfs"
 )
 
 // snapshotStore is Raft's snapshot store. A local snapshot is metadata, since
@@ -31,7 +31,7 @@ type snapshotStore struct {
 	switched func(*generation)
 	streams  streams
 
-	mu     sync.Mutex // of the current generation's snapshots, of replacing it, and of:
+	mu     vfs.Mutex // of the current generation's snapshots, of replacing it, and of:
 	staged *staged
 }
 

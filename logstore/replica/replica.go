@@ -12,6 +12,7 @@ import (
 	"github.com/hashicorp/raft"
 
 	"github.com/diurnalog/diurna/logstore"
+	"github.com/diurnalog/diurna/logstore/vfs"
 )
 
 // Replica is one log's copy on this node: a member of the log's Raft group.
@@ -65,7 +66,7 @@ type Replica struct {
 	// changing is held while a change of the group is handed to Raft, so that a
 	// removal and its tombstone are seen by whoever would take the server in
 	// again, or come after it.
-	changing sync.Mutex
+	changing vfs.Mutex
 	asking   sync.WaitGroup
 }
 

@@ -10,7 +10,6 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
-	"sync"
 
 	"github.com/hashicorp/raft"
 
@@ -44,7 +43,7 @@ type stableStore struct {
 	failed func(error)
 	stale  int // number of the slot that does not say what the other does; -1 if both do
 
-	mu     sync.Mutex
+	mu     vfs.Mutex
 	seq    uint64
 	values map[string][]byte
 	broken error // the first write that failed; there is no other after it
