@@ -51,15 +51,15 @@ cluster: build ## Build, then run three nodes and a real Consul until Ctrl-C
 	@scripts/cluster.sh
 
 .PHONY: test
-test: vet proto-check consul ## Vet, check that generated code is fresh, run all tests
+test: vet proto-check consul vault ## Vet, check that generated code is fresh, run all tests
 	$(GO) test -timeout 15m $(PKG)
 
 .PHONY: race
-race: consul ## Run all tests with the race detector (needs a C compiler)
+race: consul vault ## Run all tests with the race detector (needs a C compiler)
 	CGO_ENABLED=1 $(GO) test -race -timeout 30m $(PKG)
 
 .PHONY: soak
-soak: consul ## Run the same tests for hours: more crashes, bit flips and kills
+soak: consul vault ## Run the same tests for hours: more crashes, bit flips and kills
 	DIURNA_SOAK=1 DIURNA_CRASH_POINTS=$(DIURNA_CRASH_POINTS) DIURNA_FLIPS=$(DIURNA_FLIPS) DIURNA_KILLS=$(DIURNA_KILLS) \
 		DIURNA_HISTORIES=$(DIURNA_HISTORIES) DIURNA_ROUNDS=$(DIURNA_ROUNDS) \
 		DIURNA_CLUSTER_KILLS=$(DIURNA_CLUSTER_KILLS) DIURNA_JOIN_MIB=$(DIURNA_JOIN_MIB) DIURNA_CONSUL_OUTAGE=$(DIURNA_CONSUL_OUTAGE) \
@@ -120,11 +120,15 @@ $(TOOLS)/protoc-gen-go-$(PROTOC_GEN_GO_VERSION):
 $(TOOLS)/protoc-gen-go-grpc-$(PROTOC_GEN_GO_GRPC_VERSION):
 	$(call install,protoc-gen-go-grpc,google.golang.org/grpc/cmd/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSION))
 
-# Tests run against a real Consul. The script knows the version and builds only
-# where there is none; its stamp is like the others'.
+# Tests run against a real Consul and a real Vault. The scripts know the versions
+# and build only where there is none; their stamps are like the others'.
 .PHONY: consul
 consul: ## Have a consul for tests: the one on the PATH, or one built into .tools
 	@path=$$(GO='$(GO)' scripts/consul.sh) && echo "consul: $$path"
+
+.PHONY: vault
+vault: ## Have a vault for tests: the one on the PATH, or one built into .tools
+	@path=$$(GO='$(GO)' scripts/vault.sh) && echo "vault: $$path"
 
 # What bench-cluster compares with; scripts/nats names the versions.
 NATS_STAMP := $(TOOLS)/nats-$(shell awk '$$1 ~ /nats-server|natscli/ { printf "%s", $$2 }' scripts/nats/go.mod)
