@@ -2,6 +2,7 @@ package peer
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -32,11 +33,17 @@ type Dialer struct {
 	Self func() (nodeID, clusterID string)
 	// Lookup returns where a node is now. Nil knows nothing.
 	Lookup func(id string) (address string, ok bool)
+	// TLS returns what to secure the next connection by; nil is plaintext. It is
+	// asked with every Dial, for ProtocolRaft, so that certificates and trust may
+	// change; a nil config fails the Dial. The Dialer sets NextProtos in a copy
+	// and, where ServerName is empty, the address's host as that.
+	TLS func(protocol string) *tls.Config
 	// Check, if set, has the last word on a node that accepted: from is its id,
 	// to is ours, the cluster id is its own. An error closes the connection and
-	// counts as a refusal. conn is for looking at.
+	// counts as a refusal. conn is for looking at: ConnectionState has the
+	// node's certificate.
 	Check func(conn net.Conn, remote Hello) error
-	// Timeout bounds connecting and greeting together. Default 10 s.
+	// Timeout bounds connecting, securing and greeting together. Default 10 s.
 	Timeout time.Duration
 	// After a refusal, a node is left alone for BackoffMin, then twice as long
 	// after every further one, up to BackoffMax; a random part of up to half
@@ -107,15 +114,24 @@ func (d *Dialer) dial(ctx context.Context, id, address string, hello Hello) (*Co
 	if network == nil {
 		network = TCP
 	}
-	conn, err := network.Dial(ctx, address)
+	raw, err := network.Dial(ctx, address)
 	if err != nil {
 		return nil, err
 	}
 	stop := context.AfterFunc(ctx, func() {
 		// Ends the greeting; if it fails the connection is broken anyway.
-		_ = conn.SetDeadline(time.Unix(1, 0))
+		_ = raw.SetDeadline(time.Unix(1, 0))
 	})
-	err = d.greet(conn, hello)
+	conn := raw
+	if d.TLS != nil {
+		var secured *tls.Conn
+		if secured, err = d.secure(raw, address); err == nil {
+			conn = secured
+		}
+	}
+	if err == nil {
+		err = d.greet(conn, hello)
+	}
 	if !stop() {
 		err = errors.Join(ctx.Err(), err)
 	}
@@ -123,7 +139,7 @@ func (d *Dialer) dial(ctx context.Context, id, address string, hello Hello) (*Co
 		refused.ID, refused.Address = id, address
 	}
 	if err != nil {
-		discard(conn)
+		discard(raw)
 		return nil, err
 	}
 	return &Conn{Conn: conn, hello: hello}, nil
@@ -136,9 +152,12 @@ func (d *Dialer) greet(conn net.Conn, hello Hello) error {
 	}
 	b, err := readMessage(conn)
 	if errors.Is(err, errTooLong) {
-		return Refuse(ReasonMalformed, "what listens there is no plaintext port of Diurna: %v", err)
+		return Refuse(ReasonMalformed, "what listens there is no plaintext port of Diurna, but perhaps one with TLS: %v", err)
 	}
 	if err != nil {
+		if blame(err) == faultOurs {
+			return tlsFailure(err)
+		}
 		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}

@@ -81,6 +81,9 @@ const (
 	ReasonVersion Reason = "version"
 	// ReasonMalformed: what was received is not this protocol.
 	ReasonMalformed Reason = "malformed"
+	// ReasonCertificate: one of the two does not accept the other's certificate,
+	// or it is another node's.
+	ReasonCertificate Reason = "certificate"
 	// ReasonRefused: anything else, see the text.
 	ReasonRefused Reason = "refused"
 )

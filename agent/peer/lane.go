@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"crypto/tls"
 	"errors"
 	"net"
 	"sync"
@@ -18,6 +19,10 @@ func (c *Conn) Hello() Hello { return c.hello }
 
 // NetConn is the connection underneath, as tls.Conn has it.
 func (c *Conn) NetConn() net.Conn { return c.Conn }
+
+// ConnectionState is what TLS found out about the other node; ok is false where
+// the stream is plaintext.
+func (c *Conn) ConnectionState() (state tls.ConnectionState, ok bool) { return ConnectionState(c.Conn) }
 
 // CloseWrite ends the stream in one direction, where the connection can.
 func (c *Conn) CloseWrite() error {

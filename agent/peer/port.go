@@ -2,6 +2,7 @@ package peer
 
 import (
 	"container/list"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -34,9 +35,17 @@ type PortConfig struct {
 	// Self returns this node's id, and its cluster's, empty if it is in none
 	// yet. It is asked for every peer.
 	Self func() (nodeID, clusterID string)
+	// TLS, if set, is what every connection has to be secured by; nil is
+	// plaintext. The port sets its NextProtos, and those of what its
+	// GetConfigForClient returns: ALPN decides between Clients and Peers. That a
+	// peer shows a certificate, and one of a node, is for VerifyConnection to
+	// see to. What may change while the port is open has to come from
+	// GetConfigForClient or GetCertificate.
+	TLS *tls.Config
 	// Check, if set, has the last word on a peer that fits (see Match): an error
 	// refuses it, a *RefusedError with its own reason. conn is for looking at,
-	// not for reading or writing. Check runs concurrently and must be quick.
+	// not for reading or writing: ConnectionState has its certificate, SameNode
+	// compares that with hello. Check runs concurrently and must be quick.
 	Check func(conn net.Conn, hello Hello) error
 	// HandshakeTimeout is how long a connection may take to say what it is, and
 	// a peer to greet. Default 10 s.
@@ -58,6 +67,7 @@ type Port struct {
 	listener net.Listener
 	logger   hclog.Logger
 	seen     *causes
+	tls      *tls.Config // nil: plaintext
 
 	slots   chan struct{} // one for each handshake
 	closing chan struct{}
@@ -94,6 +104,9 @@ func NewPort(l net.Listener, cfg PortConfig) *Port {
 		clients:  newLane(l.Addr(), cfg.Backlog),
 		peers:    newLane(l.Addr(), cfg.Backlog),
 	}
+	if cfg.TLS != nil {
+		p.tls = withProtocols(cfg.TLS, ProtocolRaft, ProtocolClients)
+	}
 	p.work.Add(1)
 	go func() {
 		defer p.work.Done()
@@ -105,8 +118,8 @@ func NewPort(l net.Listener, cfg PortConfig) *Port {
 // Addr is where the port listens.
 func (p *Port) Addr() net.Addr { return p.listener.Addr() }
 
-// Clients returns the listener of gRPC connections, which are as they came.
-// Closing it leaves the rest of the port open; connections for it are then
+// Clients returns the listener of gRPC connections, which are as they came, or,
+// with TLS, past its handshake: see ConnectionState. Closing it leaves the rest of the port open; connections for it are then
 // closed, until Clients is called again and returns a new one.
 func (p *Port) Clients() net.Listener { return p.open(&p.clients) }
 
@@ -270,7 +283,11 @@ func (p *Port) sort(raw net.Conn, place *list.Element) error {
 	if err := raw.SetDeadline(time.Now().Add(p.cfg.HandshakeTimeout)); err != nil {
 		return err
 	}
-	kind, conn, err := choose(raw)
+	sort := choose
+	if p.tls != nil {
+		sort = p.secure
+	}
+	kind, conn, err := sort(raw)
 	if err != nil {
 		return err
 	}
@@ -304,9 +321,8 @@ const (
 	forPeers
 )
 
-// choose decides what a connection is for, and returns it as if nothing had been
-// read from it. With TLS, the protocol that the two sides agreed on (ALPN) will
-// decide in the place of the first byte; nothing else has to know.
+// choose decides what a plaintext connection is for, and returns it as if
+// nothing had been read from it. With TLS, secure is in its place.
 func choose(conn net.Conn) (kind, net.Conn, error) {
 	var first [1]byte
 	if _, err := io.ReadFull(conn, first[:]); err != nil {
@@ -338,7 +354,7 @@ var (
 // nothing but the greeting.
 func (p *Port) greet(raw, conn net.Conn) (net.Conn, error) {
 	self, cluster := p.cfg.Self()
-	hello, err := p.hear(raw, conn, self, cluster)
+	hello, err := p.hear(conn, self, cluster)
 	refusal, refused := errors.AsType[*RefusedError](err)
 	if err != nil && !refused {
 		return nil, err
@@ -351,14 +367,20 @@ func (p *Port) greet(raw, conn net.Conn) (net.Conn, error) {
 		return nil, errors.Join(err, werr)
 	}
 	if refused {
+		if secured, ok := conn.(*tls.Conn); ok {
+			_ = secured.CloseWrite() // as linger does below TLS
+		}
 		linger(raw)
 		return nil, err
 	}
-	return &Conn{Conn: raw, hello: hello}, nil
+	if _, ok := conn.(*replayConn); ok {
+		conn = raw // which has nothing to be replayed any more
+	}
+	return &Conn{Conn: conn, hello: hello}, nil
 }
 
 // hear reads a hello and judges it.
-func (p *Port) hear(raw, conn net.Conn, self, cluster string) (Hello, error) {
+func (p *Port) hear(conn net.Conn, self, cluster string) (Hello, error) {
 	v, err := readMagic(conn)
 	if err != nil {
 		return Hello{}, err
@@ -383,7 +405,7 @@ func (p *Port) hear(raw, conn net.Conn, self, cluster string) (Hello, error) {
 	if p.cfg.Check == nil {
 		return hello, nil
 	}
-	err = p.cfg.Check(raw, hello)
+	err = p.cfg.Check(conn, hello)
 	if _, ok := errors.AsType[*RefusedError](err); err != nil && !ok {
 		err = Refuse(ReasonRefused, "%v", err)
 	}
@@ -406,7 +428,11 @@ func (p *Port) refused(conn net.Conn, err error) {
 		p.report("refused "+string(refusal.Reason), conn, "a peer was refused", "reason", string(refusal.Reason), "text", printable(refusal.Text))
 		return
 	}
-	for _, cause := range []error{errTLS, errHTTP1, errStranger, errNotAccepted} {
+	if failure, ok := errors.AsType[*handshakeError](err); ok {
+		p.report("handshake "+failure.kind, conn, failure.text, append(shown(err), "error", printable(failure.err.Error()))...)
+		return
+	}
+	for _, cause := range []error{errTLS, errHTTP1, errStranger, errPlaintext, errHTTPTLS, errNoTLS, errALPN, errNotAccepted} {
 		if errors.Is(err, cause) {
 			p.report(cause.Error(), conn, "a connection was closed: "+cause.Error())
 			return
