@@ -149,7 +149,7 @@ func (a *adminService) passOn(ctx context.Context, cause error, method string, r
 	if len(metadata.ValueFromIncomingContext(ctx, forwardedKey)) > 0 {
 		return cause
 	}
-	ctx = metadata.AppendToOutgoingContext(ctx, forwardedKey, "1")
+	ctx = a.s.onBehalf(metadata.AppendToOutgoingContext(ctx, forwardedKey, "1"))
 	sent, err := a.s.forward.call(ctx, notLeader.LeaderAddress, method, req, resp)
 	if err != nil && sent && !isOurs(err) && method != v1.Admin_ListPeers_FullMethodName {
 		return &UnknownChangeError{Cause: leaderError(err, notLeader.LeaderAddress)}

@@ -57,6 +57,12 @@ type Config struct {
 	// *DeniedError refuses; who the caller is stands in ctx, put there by the
 	// credentials or an interceptor in Options.
 	Authorize func(ctx context.Context, action Action, log string) error
+	// Audit, if set, is told of every call of the service Admin once it is over,
+	// also of those that were refused. It must not block.
+	Audit func(ctx context.Context, e AuditEvent)
+	// Subject, if set, says who calls, so that a node which passes an Admin call
+	// on can say for whom: see AuditEvent.OnBehalfOf.
+	Subject func(ctx context.Context) string
 	// Options are further options for the gRPC server: credentials, statistics
 	// handlers, interceptors (which run inside of the Service's own). They
 	// must not replace the codec.
@@ -78,6 +84,8 @@ type Service struct {
 	forward   *Forwarder
 	limits    Limits
 	authorize func(context.Context, Action, string) error
+	audit     func(context.Context, AuditEvent)
+	subject   func(context.Context) string
 	logger    hclog.Logger
 	version   string
 
@@ -126,6 +134,8 @@ func New(cfg Config) (*Service, error) {
 		forward:   cfg.Forward,
 		limits:    limits,
 		authorize: cfg.Authorize,
+		audit:     cfg.Audit,
+		subject:   cfg.Subject,
 		logger:    cfg.Logger,
 		version:   cfg.Version,
 		health:    health.NewServer(),
@@ -168,7 +178,7 @@ func New(cfg Config) (*Service, error) {
 	s.grpc = grpc.NewServer(options...)
 	s.grpc.RegisterService(logServiceDesc(), s)
 	if s.admin != nil {
-		v1.RegisterAdminServer(s.grpc, &adminService{s: s})
+		v1.RegisterAdminServer(s.grpc, s.audited(&adminService{s: s}))
 	}
 	if s.peer != nil {
 		v1.RegisterPeerServer(s.grpc, &peerService{s: s})
