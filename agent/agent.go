@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/hashicorp/go-hclog"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/diurnalog/diurna/agent/config"
 	"github.com/diurnalog/diurna/agent/peer"
@@ -69,9 +70,12 @@ type Agent struct {
 	address    string // where others reach it
 	data       *dataDir
 	temp       string // data directory to remove at the end
+	security   *security
 	neighbours *neighbours
 	replica    *replica.Replica
 	rpc        *rpc.Service
+	http       *httpServer // nil: there is none
+	metrics    *prometheus.Registry
 	part       *part
 	members    *membership
 
@@ -93,16 +97,17 @@ type Agent struct {
 	config *config.Config // as last applied
 }
 
-// Start starts a node, in this order: port, data directory, log, service, and
-// what finds the others. It returns when the node answers; WaitReady tells when
-// it takes records. If anything fails, what was started is stopped, and nothing
-// is left behind. See Again for errors after which to try again.
-func Start(cfg *config.Config, opts Options) (*Agent, error) {
+// Start starts a node, in this order: ports, data directory, certificate, log,
+// service, and what finds the others. It returns when the node answers; WaitReady
+// tells when it takes records. Only its certificate it may have to wait for, for
+// as long as ctx lets it. If anything fails, what was started is stopped, and
+// nothing is left behind. See Again for errors after which to try again.
+func Start(ctx context.Context, cfg *config.Config, opts Options) (*Agent, error) {
 	opts = opts.withDefaults()
 	a := &Agent{logger: opts.Logger, config: cfg, failed: make(chan error, 1), ready: make(chan struct{})}
 	a.stopping, a.halt = context.WithCancel(context.Background())
 	a.registered, a.deregister = context.WithCancel(context.Background())
-	if err := a.start(cfg, opts); err != nil {
+	if err := a.start(ctx, cfg, opts); err != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), cfg.ShutdownTimeout)
 		defer cancel()
 		return nil, errors.Join(err, a.Stop(ctx))
@@ -110,13 +115,16 @@ func Start(cfg *config.Config, opts Options) (*Agent, error) {
 	return a, nil
 }
 
-func (a *Agent) start(cfg *config.Config, opts Options) (err error) {
+func (a *Agent) start(ctx context.Context, cfg *config.Config, opts Options) (err error) {
 	// First, so that a port that is taken, the most likely mistake, does not
 	// leave a new data directory behind.
 	if a.listen, err = opts.network.Listen(cfg.Listener.RPC); err != nil {
 		return fmt.Errorf("%w: choose another address with -rpc-addr or listener.rpc", err)
 	}
 	if a.address, err = advertised(cfg.Listener.Advertise, a.listen.Addr()); err != nil {
+		return err
+	}
+	if a.http, err = a.openHTTP(cfg, opts); err != nil {
 		return err
 	}
 
@@ -130,14 +138,17 @@ func (a *Agent) start(cfg *config.Config, opts Options) (err error) {
 	if a.data, err = openDataDir(opts.fs, dir); err != nil {
 		return err
 	}
-	if a.neighbours, err = openNeighbours(cfg, opts, a.data); err != nil {
+	if a.security, err = openSecurity(ctx, cfg, opts, a.data, a.address); err != nil {
+		return err
+	}
+	if a.neighbours, err = openNeighbours(cfg, opts, a.data, a.security); err != nil {
 		return err
 	}
 	self := func() (nodeID, clusterID string) {
 		id := a.data.identity()
 		return id.node, id.cluster
 	}
-	a.port = peer.NewPort(a.listen, peer.PortConfig{Self: self, Check: a.admit, Logger: opts.Logger.Named("port")})
+	a.port = peer.NewPort(a.listen, peer.PortConfig{Self: self, Check: a.admit, TLS: a.security.port(), Failed: a.security.failed, Logger: opts.Logger.Named("port")})
 	a.members = &membership{neighbours: a.neighbours, probe: a.neighbours.forward.Status, data: a.data, logger: opts.Logger.Named("membership")}
 	if err := a.openReplica(cfg, opts, self); err != nil {
 		return err
@@ -146,19 +157,33 @@ func (a *Agent) start(cfg *config.Config, opts Options) (err error) {
 		cfg: cfg, data: a.data, replica: a.replica, neighbours: a.neighbours,
 		address: a.address, version: opts.Version, left: make(chan struct{}),
 	}
+	if err := a.openMetrics(); err != nil {
+		return err
+	}
 	if err := a.serve(cfg, opts); err != nil {
 		return err
 	}
 	a.runBeside(cfg, opts)
 	id := a.data.identity()
-	a.logger.Info("node started", "id", id.node, "name", cfg.Node.Name, "address", a.address, "data_dir", dir, "cluster", id.cluster)
+	started := []any{"id", id.node, "name", cfg.Node.Name, "address", a.address, "data_dir", dir, "cluster", id.cluster}
+	if a.http != nil {
+		a.http.Start(a.fail)
+		started = append(started, "http", a.http.Addr())
+	}
+	if c, ok := a.security.certificate(); ok {
+		started = append(started, "certificate", c.Serial, "expires", c.NotAfter)
+	}
+	a.logger.Info("node started", started...)
 	return nil
 }
 
 // admit decides about a peer that wants to open a stream. A node without a
 // cluster learns from the first leader that greets it which one it is in: the
 // leader called it by its id, which it has only from the node itself.
-func (a *Agent) admit(_ net.Conn, hello peer.Hello) error {
+func (a *Agent) admit(conn net.Conn, hello peer.Hello) error {
+	if err := a.security.sameNode(conn, hello.From); err != nil {
+		return err
+	}
 	switch {
 	case hello.ClusterID == "":
 		return &peer.RefusedError{Reason: peer.ReasonUnknownNode, Text: "a node without a cluster has nothing to replicate"}
@@ -180,7 +205,10 @@ func (a *Agent) openReplica(cfg *config.Config, opts Options, self func() (strin
 		}
 		founders = []replica.Server{{ID: a.data.nodeID(), Address: a.address, Voter: true}}
 	}
-	dialer := &peer.Dialer{Network: opts.network, Self: self, Lookup: a.neighbours.book.Lookup}
+	dialer := &peer.Dialer{
+		Network: opts.network, Self: self, Lookup: a.neighbours.book.Lookup, TLS: a.security.dial(), Failed: a.security.failed,
+		Check: func(conn net.Conn, remote peer.Hello) error { return a.security.sameNode(conn, remote.From) },
+	}
 	a.replica, err = replica.Open(replica.Config{
 		Dir:                a.data.log(rpc.DefaultLog),
 		FS:                 opts.fs,
@@ -258,7 +286,7 @@ func (a *Agent) fail(err error) {
 }
 
 func (a *Agent) serve(cfg *config.Config, opts Options) (err error) {
-	a.rpc, err = rpc.New(rpc.Config{
+	service := rpc.Config{
 		Log:     newService(a.replica, a.part),
 		Cluster: a.part,
 		Admin:   a.part,
@@ -272,8 +300,15 @@ func (a *Agent) serve(cfg *config.Config, opts Options) (err error) {
 		},
 		Logger:  opts.Logger.Named("rpc"),
 		Version: opts.Version,
-	})
-	if err != nil {
+		Audit:   a.security.audited,
+	}
+	if a.security.identity != nil {
+		service.Caller = a.security.caller
+	}
+	if a.security.policy != nil {
+		service.Authorize = a.security.authorize
+	}
+	if a.rpc, err = rpc.New(service); err != nil {
 		return err
 	}
 	// Not before it can take records.
@@ -290,6 +325,7 @@ func (a *Agent) serve(cfg *config.Config, opts Options) (err error) {
 // runBeside starts what finds the other nodes and tells them about this one.
 func (a *Agent) runBeside(cfg *config.Config, opts Options) {
 	a.announce()
+	a.background.Go(func() { a.security.run(a.stopping) })
 	a.registering.Go(func() {
 		if err := a.neighbours.discovery.Run(a.registered); err != nil {
 			a.logger.Warn("could not deregister", "error", err)
@@ -466,6 +502,10 @@ func (a *Agent) stop(ctx context.Context, doing func(string)) error {
 			return err
 		}
 	}
+	if a.http != nil {
+		doing("ending HTTP")
+		err = errors.Join(err, a.http.Shutdown(ctx))
+	}
 	if a.port != nil {
 		err = errors.Join(err, a.port.Close())
 	} else if a.listen != nil {
@@ -517,6 +557,8 @@ func (a *Agent) Reload(cfg *config.Config) []config.Change {
 	if err := a.replica.SetRetention(retention(cfg)); err != nil {
 		a.logger.Error("retention stays as it is", "error", err)
 	}
+	// A Vault that does not answer must not hold up what else is reloaded.
+	a.background.Go(func() { a.security.reload(a.stopping, a.logger) })
 	// What needs a restart stays what it is, so that the next reload says so
 	// again.
 	a.config = withLive(a.config, cfg)

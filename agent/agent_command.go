@@ -205,8 +205,11 @@ func (c *agentCommand) start(cfg *config.Config, src config.Sources, logger hclo
 		err   error
 	}
 	started := make(chan result, 1)
+	// Ends the wait for a certificate, should somebody not want to wait.
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
 	go func() {
-		a, err := Start(cfg, c.agentOptions(cfg, logger))
+		a, err := Start(ctx, cfg, c.agentOptions(cfg, logger))
 		started <- result{a, err}
 	}()
 	reload := false
@@ -214,6 +217,8 @@ func (c *agentCommand) start(cfg *config.Config, src config.Sources, logger hclo
 		select {
 		case r := <-started:
 			switch {
+			case r.err != nil && !c.asked.IsZero() && errors.Is(r.err, context.Canceled):
+				return nil, exitOK, nil
 			case r.err != nil:
 				err := r.err
 				if Again(cfg, err) && c.asked.IsZero() {
@@ -238,6 +243,7 @@ func (c *agentCommand) start(cfg *config.Config, src config.Sources, logger hclo
 				return nil, c.stopAtOnce(logger, s), nil
 			default:
 				logger.Info("stopping once it has started", "signal", s.String())
+				cancel()
 			}
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -61,15 +62,22 @@ func Heal(ctx context.Context, cfg *config.Config, opts Options, damage error) (
 
 // awaitLeader returns once another node of the cluster says that it leads.
 func awaitLeader(ctx context.Context, cfg *config.Config, opts Options, data *dataDir, logger hclog.Logger) (err error) {
-	n, err := openNeighbours(cfg, opts, data)
+	sec, err := openSecurity(ctx, cfg, opts, data, cfg.Listener.Advertise)
+	if err != nil {
+		return err
+	}
+	n, err := openNeighbours(cfg, opts, data, sec)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
+	var running sync.WaitGroup
+	running.Go(func() { sec.run(ctx) })
 	ended := make(chan error, 1)
-	go func() { ended <- n.discovery.Run(ctx) }()
+	running.Go(func() { ended <- n.discovery.Run(ctx) })
 	defer func() {
 		cancel()
+		running.Wait()
 		err = errors.Join(err, <-ended, n.close(context.Background()))
 	}()
 	id := data.identity()

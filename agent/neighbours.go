@@ -47,7 +47,7 @@ type probe func(ctx context.Context, address string) (rpc.NodeStatus, error)
 const probeTimeout = 2 * time.Second
 
 // openNeighbours starts nothing: discovery is to be run, and all to be closed.
-func openNeighbours(cfg *config.Config, opts Options, data *dataDir) (*neighbours, error) {
+func openNeighbours(cfg *config.Config, opts Options, data *dataDir, sec *security) (*neighbours, error) {
 	n := &neighbours{logger: opts.Logger}
 	var err error
 	if n.book, err = peer.OpenBook(opts.fs, filepath.Join(data.path, peersFile)); err != nil {
@@ -63,6 +63,8 @@ func openNeighbours(cfg *config.Config, opts Options, data *dataDir) (*neighbour
 	}
 	n.forward, err = rpc.NewForwarder(rpc.ForwarderConfig{
 		Dial:      opts.network.Dial,
+		TLS:       sec.dial(),
+		Failed:    sec.failed,
 		ClusterID: func() string { return data.identity().cluster },
 		Logger:    opts.Logger.Named("forward"),
 	})
@@ -81,6 +83,7 @@ func newDiscovery(cfg *config.Config, logger hclog.Logger) (discovery.Discovery,
 			Service:   cfg.Consul.Service,
 			Tags:      cfg.Consul.Tags,
 			Cluster:   cfg.Cluster.Name,
+			HealthTLS: cfg.TLS.Source != config.TLSNone,
 			Logger:    logger,
 		})
 	}

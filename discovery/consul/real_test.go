@@ -44,20 +44,8 @@ func startReal(t *testing.T) *real {
 func (r *real) makeTokens(t testing.TB) {
 	t.Helper()
 	const services, keys = `service "diurna" { policy = "write" }`, `key_prefix "diurna/" { policy = "write" }`
-	r.makeToken(t, r.node, services+keys+`node_prefix "" { policy = "read" }`)
-	r.makeToken(t, r.narrow, services+keys)
-}
-
-func (r *real) makeToken(t testing.TB, secret, rules string) {
-	t.Helper()
-	policy, _, err := r.api.ACL().PolicyCreate(&api.ACLPolicy{Name: "p-" + uuid.NewString(), Rules: rules}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, _, err = r.api.ACL().TokenCreate(&api.ACLToken{SecretID: secret, Policies: []*api.ACLLink{{ID: policy.ID}}}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	r.MakeTokenAs(t, r.node, services+keys+`node_prefix "" { policy = "read" }`)
+	r.MakeTokenAs(t, r.narrow, services+keys)
 }
 
 // handle returns a node's discovery, not running.
@@ -325,7 +313,7 @@ func TestTokens(t *testing.T) {
 	}
 
 	other := uuid.NewString()
-	r.makeToken(t, other, `service "diurna" { policy = "write" } key_prefix "diurna/" { policy = "write" } node_prefix "" { policy = "read" }`)
+	r.MakeTokenAs(t, other, `service "diurna" { policy = "write" } key_prefix "diurna/" { policy = "write" } node_prefix "" { policy = "read" }`)
 	write(other)
 	await(t, d, "replaced", trusted(1))
 	if v, _, err := d.Bootstrap().Get(t.Context()); err != nil || string(v) != "x" {

@@ -37,6 +37,8 @@ const startLimit = 90 * time.Second
 type Options struct {
 	// ACL turns access control on, denying what no token allows.
 	ACL bool
+	// TLS serves HTTPS besides HTTP.
+	TLS bool
 	// Extra is more configuration, by Consul's names.
 	Extra map[string]any
 }
@@ -48,6 +50,9 @@ type Server struct {
 	HTTP, DNS string
 	// Token may do everything. Empty without ACL.
 	Token string
+	// HTTPS is a URL, and CAFile what vouches for who answers there. Empty
+	// without TLS.
+	HTTPS, CAFile string
 
 	binary string
 	dir    string
@@ -69,6 +74,11 @@ func Start(t testing.TB, opts Options) *Server {
 	s := &Server{binary: binary, dir: t.TempDir(), opts: opts}
 	if opts.ACL {
 		s.Token = uuid.NewString()
+	}
+	if opts.TLS {
+		if err := s.makeCertificate(); err != nil {
+			t.Fatal(err)
+		}
 	}
 	t.Cleanup(func() {
 		s.end()
@@ -186,7 +196,11 @@ func (s *Server) choosePorts() error {
 			_ = c.Close() // nothing was sent
 		}
 	}()
-	for _, name := range []string{"http", "dns", "serf_lan", "server"} {
+	names := []string{"http", "dns", "serf_lan", "server"}
+	if s.opts.TLS {
+		names = append(names, "https")
+	}
+	for _, name := range names {
 		for try := 1; ; try++ {
 			l, err := net.Listen("tcp", "127.0.0.1:0")
 			if err != nil {
@@ -207,6 +221,9 @@ func (s *Server) choosePorts() error {
 	}
 	s.HTTP = fmt.Sprintf("127.0.0.1:%d", s.ports["http"])
 	s.DNS = fmt.Sprintf("127.0.0.1:%d", s.ports["dns"])
+	if s.opts.TLS {
+		s.HTTPS = fmt.Sprintf("https://127.0.0.1:%d", s.ports["https"])
+	}
 	return nil
 }
 
@@ -237,6 +254,9 @@ func (s *Server) config() ([]byte, error) {
 			"enabled": true, "default_policy": "deny", "enable_token_persistence": false,
 			"tokens": map[string]any{"initial_management": s.Token, "agent": s.Token, "dns": s.Token},
 		}
+	}
+	if s.opts.TLS {
+		c["tls"] = map[string]any{"https": map[string]any{"ca_file": s.CAFile, "cert_file": s.file("consul.pem"), "key_file": s.file("consul-key.pem")}}
 	}
 	for k, v := range s.opts.Extra {
 		c[k] = v

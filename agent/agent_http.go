@@ -1,0 +1,69 @@
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"syscall"
+
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+
+	"github.com/diurnalog/diurna/agent/config"
+	"github.com/diurnalog/diurna/rpc"
+)
+
+// openHTTP listens, and answers nobody yet: what it tells of is still to be
+// made. It returns nil where no address is configured.
+func (a *Agent) openHTTP(cfg *config.Config, opts Options) (*httpServer, error) {
+	if cfg.Listener.HTTP == "" {
+		return nil, nil
+	}
+	h := httpConfig{
+		Address: cfg.Listener.HTTP,
+		Listen:  func(address string) (net.Listener, error) { return listenHTTP(cfg, opts, address) },
+		Health: func() (ready bool, why string) {
+			ready, _, why = a.part.health()
+			return ready, why
+		},
+		Status:      func(ctx context.Context) (rpc.NodeStatus, error) { return a.part.Status(ctx) },
+		Servers:     func(ctx context.Context) (rpc.ServerList, error) { return a.part.Servers(ctx) },
+		Advertise:   a.address,
+		Certificate: func() (certificateStatus, bool) { return a.security.certificate() },
+		Metrics:     prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) { return a.metrics.Gather() }),
+		Logger:      opts.Logger.Named("http"),
+	}
+	if cfg.TLS.Source != config.TLSNone {
+		h.TLS = func() *tls.Config { return a.security.identity.Server() }
+		if cfg.ACL.Enabled {
+			h.Authorize = func(state *tls.ConnectionState) error { return a.security.monitor(state) }
+		}
+	}
+	return newHTTP(h)
+}
+
+// listenHTTP lets a second node that is tried out on the same machine have
+// another port than the first, which it did not ask for.
+func listenHTTP(cfg *config.Config, opts Options, address string) (net.Listener, error) {
+	l, err := opts.network.Listen(address)
+	if cfg.Dev && address == config.Default().Listener.HTTP && errors.Is(err, syscall.EADDRINUSE) {
+		return opts.network.Listen("127.0.0.1:0")
+	}
+	return l, err
+}
+
+// openMetrics makes what the HTTP endpoint shows.
+func (a *Agent) openMetrics() (err error) {
+	a.metrics, err = newMetrics(metricSources{
+		Status: a.part.Status,
+		Ready: func() bool {
+			ready, _, _ := a.part.health()
+			return ready
+		},
+		Segments:    func() int { return a.replica.Status().Log.Segments },
+		Certificate: a.security.certificate,
+		Policy:      a.security.stats(),
+	})
+	return err
+}
