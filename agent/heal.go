@@ -31,7 +31,7 @@ func damaged(cfg *config.Config, err error) bool {
 // Then the node can neither vote, because it may have acknowledged what it no
 // longer has, nor serve. It becomes a new node of the same cluster, with a new
 // id and no log, which the leader brings up to date. It does so only while it
-// sees a leader, that is, a quorum without it: were all nodes damaged at once,
+// sees a leader that has a quorum without it: were all nodes damaged at once,
 // all of them must keep what they have.
 //
 // The damaged data stays beside the new until the node is a voter again.
@@ -60,7 +60,7 @@ func Heal(ctx context.Context, cfg *config.Config, opts Options, damage error) (
 	return nil
 }
 
-// awaitLeader returns once another node of the cluster says that it leads.
+// awaitLeader returns once another node of the cluster leads, and has shown it.
 func awaitLeader(ctx context.Context, cfg *config.Config, opts Options, data *dataDir, logger hclog.Logger) (err error) {
 	sec, err := openSecurity(ctx, cfg, opts, data, cfg.Listener.Advertise)
 	if err != nil {
@@ -84,9 +84,17 @@ func awaitLeader(ctx context.Context, cfg *config.Config, opts Options, data *da
 	for said := false; ; {
 		changed := n.discovery.Changed()
 		for _, a := range ask(ctx, n.forward.Status, n.known(discovery.Node{ID: id.node})) {
-			if a.err == nil && a.status.Role == "leader" && a.status.NodeID != id.node && a.status.ClusterID == id.cluster {
+			if a.err != nil || a.status.Role != "leader" || a.status.NodeID == id.node || a.status.ClusterID != id.cluster {
+				continue
+			}
+			// It may still lead by what this node said to it before it stopped.
+			within, cancel := context.WithTimeout(ctx, probeTimeout)
+			err := n.forward.Confirm(within, a.node.Address)
+			cancel()
+			if err == nil {
 				return nil
 			}
+			logger.Debug("this leader does not lead without this node", "error", err)
 		}
 		if !said {
 			said = true

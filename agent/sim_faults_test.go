@@ -164,15 +164,14 @@ var simFaults = []fault{
 	}},
 	{name: lossOfData, alone: true, begin: func(c *simCluster, rng *rand.Rand) (string, func()) {
 		n := c.nodes[rng.IntN(len(c.nodes))]
-		if rng.IntN(3) == 0 {
+		// Not where it was killed: what was written within the last second, and
+		// rots before the node is started again, is taken for an unfinished write.
+		// See docs/GUARANTEES.md.
+		if rng.IntN(3) == 0 || !n.shutdown() {
 			n.kill()
 			n.mem = vfstest.New()
 			return n.name + " gets a new disk", n.back
 		}
-		// Not killed: what was written within the last second, and rots before the
-		// node is started again, is taken for an unfinished write. See
-		// docs/GUARANTEES.md.
-		n.shutdown()
 		where, err := n.rot(rng, "/data/logs", 1+rng.IntN(3))
 		if err != nil {
 			c.t.Error(err)

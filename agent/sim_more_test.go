@@ -15,10 +15,11 @@ func TestSimHealing(t *testing.T) {
 	t.Parallel()
 	clusters := simRounds(t, 8)
 	seed := simSeed(t)
+	const scrub = 2 * time.Second
 	for i := range clusters {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			t.Parallel()
-			opts := simOptions{clients: 3, registry: i%2 == 1}
+			opts := simOptions{clients: 3, registry: i%2 == 1, tune: func(_ *simNode, cfg *config.Config) { cfg.Log.ScrubInterval = scrub }}
 			simulate(t, seed+uint64(i), opts, func(c *simCluster) {
 				c.awaitReady(c.nodes...)
 				for _, cl := range c.clients {
@@ -50,6 +51,9 @@ func TestSimHealing(t *testing.T) {
 							}
 						}
 						victim.back()
+						// Damage that nobody has found yet would be a second one beside the
+						// next.
+						time.Sleep(3 * scrub)
 						c.awaitReady(c.nodes...)
 						c.awaitGroup(c.nodes...)
 					}

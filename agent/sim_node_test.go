@@ -52,6 +52,7 @@ type simProcess struct {
 
 	mu     sync.Mutex
 	agent  *Agent
+	clean  bool                  // it was stopped, and could finish
 	handle *discoverytest.Handle // its latest connection to the registry
 }
 
@@ -230,6 +231,9 @@ func (p *simProcess) once(cfg *config.Config, opts Options) error {
 	ctx, cancel := context.WithTimeout(context.Background(), cfg.ShutdownTimeout)
 	defer cancel()
 	stopErr := a.Stop(ctx)
+	p.mu.Lock()
+	p.clean = err == nil && stopErr == nil && !p.dead()
+	p.mu.Unlock()
 	switch {
 	case errors.Is(err, ErrLeft):
 		p.node.c.h.note("%s left the cluster", p.node.name)
@@ -296,8 +300,9 @@ func (n *simNode) power(rng *rand.Rand, survive vfstest.Survival) {
 	n.mem = n.mem.CrashClone(rng, survive)
 }
 
-// shutdown ends the process as SIGTERM does. It returns when it has ended.
-func (n *simNode) shutdown() {
+// shutdown ends the process as SIGTERM does. It returns when it has ended, and
+// whether it could finish: what it wrote is known to be on its disk then.
+func (n *simNode) shutdown() (clean bool) {
 	n.mu.Lock()
 	p := n.process
 	n.mu.Unlock()
@@ -307,6 +312,12 @@ func (n *simNode) shutdown() {
 		p.ask()
 	}
 	n.end()
+	if p == nil {
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.clean
 }
 
 // simWire is the network of one process.

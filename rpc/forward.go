@@ -137,6 +137,16 @@ func (f *Forwarder) Status(ctx context.Context, address string) (NodeStatus, err
 	return statusFromMessage(resp), nil
 }
 
+// Confirm asks the node at address, which says that it leads, to prove it: by a
+// round of messages to a quorum, begun after the call.
+func (f *Forwarder) Confirm(ctx context.Context, address string) error {
+	req := &v1.ReadIndexRequest{ClusterId: f.cfg.ClusterID()}
+	if _, err := f.call(ctx, address, v1.Peer_ReadIndex_FullMethodName, req, new(v1.ReadIndexResponse)); err != nil {
+		return fmt.Errorf("ask the node at %s whether it still leads: %w", address, err)
+	}
+	return nil
+}
+
 // Close takes no more batches, waits, until ctx ends, for the outcomes of those
 // under way, and closes every connection. What has no outcome by then is
 // answered with ErrUnknownOutcome; ctx's error says that there was such.

@@ -285,7 +285,7 @@ func (r *Replica) WaitReady(ctx context.Context) error {
 // When ctx ends, what was not handed to Raft yet is answered with ErrClosed;
 // the rest gets a moment more, and then ErrUnknownOutcome. A disk that hangs
 // can keep Raft from stopping: then Close returns ErrHangs, and its files stay
-// open.
+// open until the disk comes back.
 func (r *Replica) Close(ctx context.Context) error {
 	r.closeOnce.Do(func() { r.closeErr = r.close(ctx) })
 	return r.closeErr
@@ -343,19 +343,31 @@ func (r *Replica) close(ctx context.Context) error {
 	// hangs.
 	stopping, cancel := outlive(ctx, closeGrace)
 	defer cancel()
-	stopped := await(stopping, after(func() { _ = down.Error() }))
+	ended := after(func() { _ = down.Error() })
+	stopped := await(stopping, ended)
 	r.seq.abandon()
 	<-drained
 	r.watermark.close()
 	r.progress.close()
 	r.watching.Wait()
+	finish := func() error {
+		if r.transport != nil {
+			r.transport.wait()
+		}
+		return errors.Join(r.snapshots.drop(), r.gens.close(), r.stable.Close())
+	}
 	if !stopped {
+		// The one goroutine that nobody waits for: the disk may come back before
+		// the process ends.
+		go func() {
+			<-ended
+			if err := finish(); err != nil {
+				r.cfg.Logger.Warn("closing the log, after its disk has come back", "error", err)
+			}
+		}()
 		return errors.Join(err, closeErr, ErrHangs)
 	}
-	if r.transport != nil {
-		r.transport.wait()
-	}
-	return errors.Join(err, closeErr, r.snapshots.drop(), r.gens.close(), r.stable.Close())
+	return errors.Join(err, closeErr, finish())
 }
 
 // outlive returns a context that ends some time after ctx does.
