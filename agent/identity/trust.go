@@ -16,6 +16,8 @@ type anchor struct {
 	gone time.Time
 }
 
+func (a anchor) id() string { return fmt.Sprint(a.gone.UnixNano(), string(a.cert.Raw)) }
+
 // issuers are what a source says about whom to trust.
 type issuers struct {
 	certs []*x509.Certificate
@@ -172,7 +174,7 @@ func merge(old *trust, from *issuers, now time.Time, keep time.Duration) (*trust
 				continue
 			}
 			if a.gone.IsZero() && from.complete {
-				a.gone = now
+				a.gone = now.Round(0) // by the wall's clock: it is kept on disk
 			}
 			if !a.gone.IsZero() && now.Sub(a.gone) > keep {
 				continue
@@ -212,10 +214,10 @@ func (t *trust) same(o *trust) bool {
 	}
 	have := make(map[string]bool)
 	for _, a := range o.anchors {
-		have[string(a.cert.Raw)+a.gone.String()] = true
+		have[a.id()] = true
 	}
 	for _, a := range t.anchors {
-		if !have[string(a.cert.Raw)+a.gone.String()] {
+		if !have[a.id()] {
 			return false
 		}
 	}
