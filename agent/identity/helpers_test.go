@@ -166,6 +166,8 @@ func eventually(t *testing.T, what string, ok func() bool) {
 type server struct {
 	addr string
 	errs chan error // of handshakes
+	// seen gets the connection of the next one that succeeds.
+	seen atomic.Pointer[chan *tls.Conn]
 }
 
 func serve(t *testing.T, c *tls.Config) *server {
@@ -188,6 +190,9 @@ func serve(t *testing.T, c *tls.Config) *server {
 			wg.Go(func() {
 				defer conn.Close() //nolint:errcheck // the test is over
 				err := conn.Handshake()
+				if seen := s.seen.Swap(nil); seen != nil && err == nil {
+					*seen <- conn
+				}
 				s.errs <- err
 				if err == nil {
 					_, _ = io.Copy(conn, conn) // ends with the connection

@@ -335,7 +335,9 @@ func (i *Identity) refresh(ctx context.Context) error {
 	if t == nil {
 		return problem
 	}
-	if !t.same(cur.trust) {
+	if t.same(cur.trust) {
+		i.cur.Store(&state{cur.pair, t})
+	} else {
 		i.mu.Lock()
 		i.status.trust(t)
 		i.swap(&state{cur.pair, t})

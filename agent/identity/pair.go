@@ -29,7 +29,7 @@ func newPair(key crypto.Signer, chain []*x509.Certificate) (*pair, error) {
 	}
 	p := &pair{key: key, leaf: chain[0]}
 	if !samePublic(key, p.leaf) {
-		return nil, fmt.Errorf("%s: %w", describe(p.leaf), ErrKeyMismatch)
+		return nil, fmt.Errorf("%s: %w", subjectOf(p.leaf), ErrKeyMismatch)
 	}
 	p.cert = &tls.Certificate{PrivateKey: key, Leaf: p.leaf, Certificate: [][]byte{p.leaf.Raw}}
 	for _, c := range chain[1:] {
@@ -45,7 +45,8 @@ func newPair(key crypto.Signer, chain []*x509.Certificate) (*pair, error) {
 
 // check tells why a server of the cluster cannot use this certificate.
 func (p *pair) check(now time.Time, serverName string, t *trust) error {
-	fail := func(err error) error { return fmt.Errorf("%s: %w", describe(p.leaf), err) }
+	// Not the serial number: each try has another, and the same trouble.
+	fail := func(err error) error { return fmt.Errorf("%s: %w", subjectOf(p.leaf), err) }
 	switch {
 	case now.After(p.leaf.NotAfter):
 		return fail(fmt.Errorf("%w: at %s", ErrExpired, p.leaf.NotAfter.UTC().Format(time.RFC3339)))

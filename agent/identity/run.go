@@ -109,11 +109,11 @@ func (i *Identity) polls(ctx context.Context) {
 // Reload reads files again, asks for whom to trust, and gets a new certificate
 // now: SIGHUP. On an error the old stay in use.
 func (i *Identity) Reload(ctx context.Context) error {
-	i.src.changed() // what is there now is what is read
-	if err := i.renew(ctx); err != nil {
+	err := i.renew(ctx)
+	kick(i.renewKick) // there is another time to wait for, also after a failure
+	if err != nil {
 		return fmt.Errorf("reload certificates: %w", err)
 	}
-	kick(i.renewKick) // there is another time to wait for
 	i.trustSoon()
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"fmt"
+	"maps"
 	"strings"
 	"time"
 )
@@ -14,6 +15,8 @@ type anchor struct {
 	// gone is when the source first no longer listed it; zero while it does.
 	gone time.Time
 }
+
+func (a anchor) id() string { return fmt.Sprint(a.gone.UnixNano(), string(a.cert.Raw)) }
 
 // issuers are what a source says about whom to trust.
 type issuers struct {
@@ -171,7 +174,7 @@ func merge(old *trust, from *issuers, now time.Time, keep time.Duration) (*trust
 				continue
 			}
 			if a.gone.IsZero() && from.complete {
-				a.gone = now
+				a.gone = now.Round(0) // by the wall's clock: it is kept on disk
 			}
 			if !a.gone.IsZero() && now.Sub(a.gone) > keep {
 				continue
@@ -203,22 +206,18 @@ func merge(old *trust, from *issuers, now time.Time, keep time.Duration) (*trust
 	return t, err
 }
 
-// same tells whether two trust the same.
+// same tells whether two trust the same. Revocation lists are made anew without
+// anything new in them.
 func (t *trust) same(o *trust) bool {
-	if o == nil || len(t.anchors) != len(o.anchors) || len(t.crls) != len(o.crls) {
+	if len(t.anchors) != len(o.anchors) || !maps.Equal(t.revoked, o.revoked) {
 		return false
 	}
 	have := make(map[string]bool)
 	for _, a := range o.anchors {
-		have[string(a.cert.Raw)+a.gone.String()] = true
+		have[a.id()] = true
 	}
 	for _, a := range t.anchors {
-		if !have[string(a.cert.Raw)+a.gone.String()] {
-			return false
-		}
-	}
-	for id, crl := range t.crls {
-		if other := o.crls[id]; other == nil || string(other.Raw) != string(crl.Raw) {
+		if !have[a.id()] {
 			return false
 		}
 	}

@@ -79,7 +79,9 @@ func (v *vaultSource) base() (*api.Client, error) {
 		if err != nil {
 			return nil, permanent(fmt.Errorf("vault.ca_file: %w", err))
 		}
-		ca = string(text)
+		if ca = string(text); ca == "" {
+			return nil, permanent(fmt.Errorf("vault.ca_file: %s is empty", v.cfg.CAFile))
+		}
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()

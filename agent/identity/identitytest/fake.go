@@ -81,7 +81,7 @@ func StartFake(t testing.TB) *Fake {
 		tokens: map[string]time.Time{RootToken: {}},
 	}
 	f.Renew(t)
-	f.server = httptest.NewServer(http.HandlerFunc(f.serve))
+	f.server = httptest.NewServer(f)
 	f.URL = f.server.URL
 	t.Cleanup(func() {
 		close(f.stop) // for requests that hang
@@ -156,7 +156,8 @@ func (f *Fake) Revoke(t testing.TB, cert []byte) {
 	}
 }
 
-func (f *Fake) serve(w http.ResponseWriter, r *http.Request) {
+// ServeHTTP is for tests that look at the requests.
+func (f *Fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	at := strings.TrimPrefix(r.URL.Path, "/v1/")
 	f.mu.Lock()
 	f.counts[at]++
