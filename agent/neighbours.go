@@ -62,11 +62,10 @@ func openNeighbours(cfg *config.Config, opts Options, data *dataDir, sec *securi
 		return nil, err
 	}
 	n.forward, err = rpc.NewForwarder(rpc.ForwarderConfig{
-		Dial:      opts.network.Dial,
-		TLS:       sec.dial(),
-		Failed:    sec.failed,
-		ClusterID: func() string { return data.identity().cluster },
-		Logger:    opts.Logger.Named("forward"),
+		Dial:        opts.network.Dial,
+		Credentials: sec.credentials(),
+		ClusterID:   func() string { return data.identity().cluster },
+		Logger:      opts.Logger.Named("forward"),
 	})
 	return n, err
 }

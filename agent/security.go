@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"github.com/hashicorp/go-hclog"
+	"google.golang.org/grpc/credentials"
 
 	"github.com/diurnalog/diurna/agent/config"
 	ident "github.com/diurnalog/diurna/agent/identity"
@@ -103,6 +104,14 @@ func (s *security) dial() func(protocol string) *tls.Config {
 	return func(protocol string) *tls.Config { return s.identity.Peer(protocol) }
 }
 
+// credentials are for gRPC to other nodes; nil is plaintext.
+func (s *security) credentials() credentials.TransportCredentials {
+	if s.identity == nil {
+		return nil
+	}
+	return rpc.DialTLS(func() *tls.Config { return s.identity.Peer(peer.ProtocolClients) })
+}
+
 // failed is told of handshakes that failed: whom to trust may have changed.
 func (s *security) failed(err error) {
 	if s.identity != nil {
@@ -130,7 +139,8 @@ func (s *security) sameNode(conn net.Conn, id string) error {
 
 // authorize is rpc.Config.Authorize.
 func (s *security) authorize(ctx context.Context, action rpc.Action, log string) error {
-	return s.allow(rpc.CallerFrom(ctx).Subject, string(action), log)
+	caller, _ := rpc.CallerFrom(ctx)
+	return s.allow(caller.Subject, string(action), log)
 }
 
 func (s *security) allow(subject, action, log string) error {
@@ -146,13 +156,11 @@ func (s *security) monitor(state *tls.ConnectionState) error {
 }
 
 // audited is rpc.Config.Audit.
-func (s *security) audited(ctx context.Context, e rpc.AuditEvent) {
-	caller := rpc.CallerFrom(ctx)
-	event := ident.AuditEvent{Subject: caller.Subject, Verb: e.Verb, Target: e.Target, Outcome: cmp.Or(e.Reason, "ok"), Error: e.Err, Took: e.Took}
-	if caller.Server {
-		event.OnBehalfOf = e.OnBehalfOf
-	}
-	s.audit.Record(event)
+func (s *security) audited(_ context.Context, e rpc.AuditEvent) {
+	s.audit.Record(ident.AuditEvent{
+		Subject: cmp.Or(e.Subject, "anonymous"), OnBehalfOf: e.OnBehalfOf, Verb: e.Verb, Target: e.Target,
+		Outcome: cmp.Or(e.Reason, "ok"), Error: e.Err, Took: e.Took,
+	})
 }
 
 // certificate is what there is to tell of the node's certificate.

@@ -20,10 +20,15 @@ type adminService struct {
 const forwardedKey = "diurna-forwarded"
 
 func (a *adminService) authorize(ctx context.Context) error {
-	if a.s.authorize == nil {
-		return nil
+	return a.s.permit(ctx, ActionAdmin, DefaultLog)
+}
+
+// audit logs what was done, and for whom where that is known.
+func (a *adminService) audit(ctx context.Context, message string, args ...any) {
+	if subject := subjectOf(ctx); subject != "" {
+		args = append(args, "by", subject)
 	}
-	return a.s.authorize(ctx, ActionAdmin, DefaultLog)
+	a.s.logger.Info(message, args...)
 }
 
 // ListPeers implements v1.AdminServer.
@@ -82,7 +87,7 @@ func (a *adminService) AddPeer(ctx context.Context, req *v1.AddPeerRequest) (*v1
 		resp := new(v1.AddPeerResponse)
 		return resp, a.passOn(ctx, err, v1.Admin_AddPeer_FullMethodName, req, resp)
 	}
-	a.s.logger.Info("an operator added a server", "id", req.GetId(), "address", req.GetAddress())
+	a.audit(ctx, "an operator added a server", "id", req.GetId(), "address", req.GetAddress())
 	return &v1.AddPeerResponse{Voters: a.voters(ctx)}, nil
 }
 
@@ -98,7 +103,7 @@ func (a *adminService) RemovePeer(ctx context.Context, req *v1.RemovePeerRequest
 		resp := new(v1.RemovePeerResponse)
 		return resp, a.passOn(ctx, err, v1.Admin_RemovePeer_FullMethodName, req, resp)
 	}
-	a.s.logger.Info("an operator removed a server", "id", req.GetId())
+	a.audit(ctx, "an operator removed a server", "id", req.GetId())
 	return &v1.RemovePeerResponse{Voters: a.voters(ctx)}, nil
 }
 
@@ -116,7 +121,7 @@ func (a *adminService) TransferLeadership(ctx context.Context, req *v1.TransferL
 		resp := new(v1.TransferLeadershipResponse)
 		return resp, a.passOn(ctx, err, v1.Admin_TransferLeadership_FullMethodName, req, resp)
 	}
-	a.s.logger.Info("an operator transferred the leadership", "to", req.GetId())
+	a.audit(ctx, "an operator transferred the leadership", "to", req.GetId())
 	return new(v1.TransferLeadershipResponse), nil
 }
 
@@ -132,7 +137,7 @@ func (a *adminService) Leave(ctx context.Context, req *v1.LeaveRequest) (*v1.Lea
 	if id := req.GetId(); id != "" && id != list.Self {
 		return nil, &InvalidArgumentError{Field: "id", Detail: "is not that of the node that was asked, which is " + list.Self}
 	}
-	a.s.logger.Info("an operator asks this node to leave the cluster", "id", list.Self)
+	a.audit(ctx, "an operator asks this node to leave the cluster", "id", list.Self)
 	if err := a.s.admin.Leave(ctx); err != nil {
 		return nil, err
 	}
@@ -149,7 +154,10 @@ func (a *adminService) passOn(ctx context.Context, cause error, method string, r
 	if len(metadata.ValueFromIncomingContext(ctx, forwardedKey)) > 0 {
 		return cause
 	}
-	ctx = a.s.onBehalf(metadata.AppendToOutgoingContext(ctx, forwardedKey, "1"))
+	ctx = metadata.AppendToOutgoingContext(ctx, forwardedKey, "1")
+	if subject := subjectOf(ctx); subject != "" {
+		ctx = metadata.AppendToOutgoingContext(ctx, subjectKey, subject)
+	}
 	sent, err := a.s.forward.call(ctx, notLeader.LeaderAddress, method, req, resp)
 	if err != nil && sent && !isOurs(err) && method != v1.Admin_ListPeers_FullMethodName {
 		return &UnknownChangeError{Cause: leaderError(err, notLeader.LeaderAddress)}

@@ -5,8 +5,6 @@ import (
 	"errors"
 	"time"
 
-	"google.golang.org/grpc/metadata"
-
 	v1 "github.com/diurnalog/diurna/rpc/v1"
 )
 
@@ -17,9 +15,9 @@ type AuditEvent struct {
 	// Target is the id of the node that it was about; empty for none, and for
 	// the node that was asked.
 	Target string
-	// OnBehalfOf is for whom another node passed the call on; empty where
-	// nobody did, or did not say. Anybody can claim it: believe it only if the
-	// caller, who stands in the context, is a node.
+	// Subject is who called; empty where nobody is known by name.
+	Subject string
+	// OnBehalfOf is for whom, where it was a node that passed the call on.
 	OnBehalfOf string
 	// Reason is that of the error which was answered: ReasonDenied and so on;
 	// empty where there was none.
@@ -28,18 +26,6 @@ type AuditEvent struct {
 	Err error
 	// Took is how long the call took.
 	Took time.Duration
-}
-
-// onBehalfKey says, in the metadata of a call that is passed on, who made it.
-// Subjects may have any characters.
-const onBehalfKey = "diurna-on-behalf-of-bin"
-
-// onBehalf adds to a call that is passed on who made it.
-func (s *Service) onBehalf(ctx context.Context) context.Context {
-	if s.subject == nil {
-		return ctx
-	}
-	return metadata.AppendToOutgoingContext(ctx, onBehalfKey, s.subject(ctx))
 }
 
 // audited has the calls of the service Admin recorded, if somebody wants that.
@@ -60,8 +46,10 @@ var errPanicked = errors.New("the call panicked")
 
 func audit[Req, Resp any](a *auditedAdmin, ctx context.Context, verb, target string, call func(context.Context, Req) (Resp, error), req Req) (resp Resp, err error) {
 	e := AuditEvent{Verb: verb, Target: target, Err: errPanicked}
-	if v := metadata.ValueFromIncomingContext(ctx, onBehalfKey); len(v) > 0 && len(metadata.ValueFromIncomingContext(ctx, forwardedKey)) > 0 {
-		e.OnBehalfOf = v[0]
+	caller, _ := CallerFrom(ctx)
+	e.Subject = caller.Subject
+	if subject := subjectOf(ctx); subject != e.Subject {
+		e.OnBehalfOf = subject
 	}
 	begin := time.Now()
 	defer func() {

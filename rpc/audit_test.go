@@ -9,7 +9,6 @@ import (
 	"testing"
 
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/metadata"
 
 	v1 "github.com/diurnalog/diurna/rpc/v1"
 )
@@ -83,20 +82,6 @@ func TestAudit(t *testing.T) {
 	if got := log.take(); !slices.Equal(got, want) {
 		t.Errorf("recorded %q, want %q", got, want)
 	}
-
-	// Only what was passed on is on somebody's behalf.
-	denied = false
-	ctx = metadata.AppendToOutgoingContext(ctx, onBehalfKey, "alice")
-	if _, err := admin.AddPeer(ctx, &v1.AddPeerRequest{Id: "d", Address: "d:1"}); err != nil {
-		t.Error(err)
-	}
-	ctx = metadata.AppendToOutgoingContext(ctx, forwardedKey, "1")
-	if _, err := admin.AddPeer(ctx, &v1.AddPeerRequest{Id: "d", Address: "d:1"}); err != nil {
-		t.Error(err)
-	}
-	if got := log.take(); !slices.Equal(got, []string{"add-peer d for=", "add-peer d for=alice"}) {
-		t.Errorf("recorded %q", got)
-	}
 }
 
 // panickingAdmin panics where an operator's call comes to.
@@ -112,27 +97,5 @@ func TestAuditOfAPanic(t *testing.T) {
 	wantStatus(t, err, codes.Internal, ReasonInternal)
 	if got := log.take(); !slices.Equal(got, []string{"remove-peer d for= " + ReasonInternal}) {
 		t.Errorf("recorded %q", got)
-	}
-}
-
-// TestAuditPassedOn: a node that passes a call on says for whom.
-func TestAuditPassedOn(t *testing.T) {
-	net, c := newCluster(t, []string{"a", "b"}, nil)
-	var logs [2]auditLog
-	again := func(i int, m *member) *fixture {
-		return serve(t, Config{
-			Log: m, Cluster: m, Admin: m, Peer: m, Forward: m.forward, Audit: logs[i].record,
-			Subject: func(context.Context) string { return "jörg" },
-		}, false)
-	}
-	net.nodes["a:1"] = again(0, c["a"]).listener
-	if _, err := v1.NewAdminClient(again(1, c["b"]).conn).RemovePeer(testContext(t), &v1.RemovePeerRequest{Id: "d"}); err != nil {
-		t.Fatal(err)
-	}
-	if got := logs[0].take(); !slices.Equal(got, []string{"remove-peer d for=jörg"}) {
-		t.Errorf("the leader recorded %q", got)
-	}
-	if got := logs[1].take(); !slices.Equal(got, []string{"remove-peer d for="}) {
-		t.Errorf("the node that was asked recorded %q", got)
 	}
 }

@@ -93,8 +93,14 @@ func (e *LogNotFoundError) Error() string { return fmt.Sprintf("there is no log 
 type DeniedError struct{ Subject, Object, Action string }
 
 func (e *DeniedError) Error() string {
+	if e.Action == string(ActionPeer) {
+		return fmt.Sprintf("%q is not a node of the cluster, which this call is for", e.Subject)
+	}
 	return fmt.Sprintf("%q may not %s log %q", e.Subject, e.Action, e.Object)
 }
+
+// errNoCertificate: a call of nobody in particular.
+var errNoCertificate = errors.New("the connection has shown no client certificate, without which nobody may call this")
 
 // QuorumError: a change to the cluster's configuration was refused, because
 // what it leaves behind could not agree on anything.

@@ -21,7 +21,7 @@ import (
 type ForwarderConfig struct {
 	// Dial connects to a node's address. Required.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
-	// Credentials secure the connections; nil means plaintext.
+	// Credentials secure the connections, see DialTLS; nil means plaintext.
 	Credentials credentials.TransportCredentials
 	// ClusterID is the id of this node's cluster as far as it is known now. A
 	// node of another one, at an address that has changed hands, refuses. nil

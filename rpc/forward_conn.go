@@ -185,7 +185,7 @@ func leaderError(err error, address string) error {
 		return &NotLeaderError{LeaderID: info.GetMetadata()["leader_id"], LeaderAddress: info.GetMetadata()["leader_address"]}
 	case ReasonUnknownServer:
 		return &UnknownServerError{ID: info.GetMetadata()["id"]}
-	case ReasonNoLeader, ReasonShuttingDown, ReasonForeignCluster, ReasonTooManyCalls, ReasonDenied:
+	case ReasonNoLeader, ReasonShuttingDown, ReasonForeignCluster, ReasonTooManyCalls, ReasonDenied, ReasonNoCertificate:
 		return fmt.Errorf("%w: the node at %s does not lead: %s", ErrNoLeader, address, status.Convert(err).Message())
 	}
 	return &remoteError{st: status.Convert(err), unknown: info.GetReason() == ReasonUnknownOutcome}

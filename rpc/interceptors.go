@@ -19,8 +19,8 @@ var (
 	healthPrefix = "/" + healthpb.Health_ServiceDesc.ServiceName + "/"
 )
 
-// unary and streaming wrap every call: counted, its panics contained, its
-// error a status.
+// unary and streaming wrap every call: admitted, counted, its panics contained,
+// its error a status.
 func (s *Service) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
 	defer func() {
 		if r := recover(); r != nil {
@@ -28,6 +28,9 @@ func (s *Service) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo
 		}
 		err = statusOf(err)
 	}()
+	if err := s.admit(ctx, info.FullMethod); err != nil {
+		return nil, err
+	}
 	if !strings.HasPrefix(info.FullMethod, healthPrefix) {
 		if err := s.calls.begin(); err != nil {
 			return nil, err
@@ -44,6 +47,9 @@ func (s *Service) streaming(srv any, stream grpc.ServerStream, info *grpc.Stream
 		}
 		err = statusOf(err)
 	}()
+	if err := s.admit(stream.Context(), info.FullMethod); err != nil {
+		return statusWith(err, map[string]string{MetaRequest: "0"}) // as below
+	}
 	if !strings.HasPrefix(info.FullMethod, logPrefix) && !strings.HasPrefix(info.FullMethod, peerPrefix) {
 		return s.foreign(srv, stream, info, handler)
 	}

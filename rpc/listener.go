@@ -40,18 +40,38 @@ func (t *connTracker) close(which func(*trackedConn) bool) {
 	}
 }
 
-// trackingListener hands out connections that connTracker knows.
+// trackingListener hands out connections that connTracker knows, and so many at
+// a time. (netutil.LimitListener would hide that they are secured.)
 type trackingListener struct {
 	net.Listener
 	tracker *connTracker
+	slots   chan struct{} // one for each open connection
+	closing chan struct{}
+	once    sync.Once
+}
+
+func newTrackingListener(l net.Listener, limit int, tracker *connTracker) *trackingListener {
+	return &trackingListener{Listener: l, tracker: tracker, slots: make(chan struct{}, limit), closing: make(chan struct{})}
+}
+
+// Close implements net.Listener.
+func (l *trackingListener) Close() error {
+	l.once.Do(func() { close(l.closing) })
+	return l.Listener.Close()
 }
 
 func (l *trackingListener) Accept() (net.Conn, error) {
+	select {
+	case l.slots <- struct{}{}:
+	case <-l.closing:
+		return nil, net.ErrClosed
+	}
 	conn, err := l.Listener.Accept()
 	if err != nil {
+		<-l.slots
 		return nil, err
 	}
-	c := &trackedConn{Conn: conn, tracker: l.tracker}
+	c := &trackedConn{Conn: conn, tracker: l.tracker, release: sync.OnceFunc(func() { <-l.slots })}
 	t := l.tracker
 	t.mu.Lock()
 	closing := t.closing
@@ -69,8 +89,12 @@ func (l *trackingListener) Accept() (net.Conn, error) {
 type trackedConn struct {
 	net.Conn
 	tracker *connTracker
-	ready   bool // guarded by tracker.mu
+	release func() // gives the place in the listener back
+	ready   bool   // guarded by tracker.mu
 }
+
+// NetConn is the connection underneath, as tls.Conn has it.
+func (c *trackedConn) NetConn() net.Conn { return c.Conn }
 
 // SetDeadline tells when the handshake is over: gRPC sets a deadline before it
 // and takes it away after. If that ever changes, connections count as not
@@ -88,5 +112,6 @@ func (c *trackedConn) Close() error {
 	c.tracker.mu.Lock()
 	delete(c.tracker.conns, c)
 	c.tracker.mu.Unlock()
+	defer c.release()
 	return c.Conn.Close()
 }

@@ -17,10 +17,7 @@ type peerService struct {
 }
 
 func (p *peerService) authorize(ctx context.Context) error {
-	if p.s.authorize == nil {
-		return nil
-	}
-	return p.s.authorize(ctx, ActionPeer, DefaultLog)
+	return p.s.permit(ctx, ActionPeer, DefaultLog)
 }
 
 // Status implements v1.PeerServer.

@@ -20,10 +20,8 @@ func (s *Service) logFor(ctx context.Context, name string, action Action) (Log, 
 	}
 	// Permission first: who may not read a log learns nothing about it, not
 	// even whether it exists.
-	if s.authorize != nil {
-		if err := s.authorize(ctx, action, name); err != nil {
-			return nil, err
-		}
+	if err := s.permit(ctx, action, name); err != nil {
+		return nil, err
 	}
 	if name != DefaultLog {
 		return nil, &LogNotFoundError{Log: name}

@@ -35,7 +35,7 @@ type producing struct {
 	// sending to it never blocks.
 	queue chan outcome
 	log   Log    // of the receiver
-	name  string // of log, as the client spells it
+	name  string // of log
 }
 
 // outcome is what will become of one request: pending, or err.
@@ -105,6 +105,9 @@ func (p *producing) receive() error {
 		req, err := parseProduceRequest(raw.data, p.s.limits)
 		if err != nil {
 			return err
+		}
+		if req.log == "" {
+			req.log = DefaultLog // or it would be asked for twice by two names
 		}
 		if p.log == nil || req.log != p.name {
 			if p.log, err = p.s.logFor(p.propose, req.log, ActionProduce); err != nil {

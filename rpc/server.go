@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -10,7 +11,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-	"golang.org/x/net/netutil"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -29,8 +29,8 @@ const (
 	ActionConsume Action = "consume"
 	// ActionAdmin is every call of the service Admin, ActionPeer every call of
 	// the service Peer, which only nodes of the cluster should be allowed.
-	// Both are asked for DefaultLog. A node that passes an Admin call on makes
-	// it in its own name: nodes need ActionAdmin too.
+	// Both are asked for DefaultLog. A node that passes an Admin call on has
+	// asked for permission, and makes the call in its own name.
 	ActionAdmin Action = "admin"
 	ActionPeer  Action = "peer"
 )
@@ -52,17 +52,22 @@ type Config struct {
 	Forward *Forwarder
 	// Limits bound what clients can use; zero values mean defaults.
 	Limits Limits
+	// Caller, if set, says that the listeners hand out connections past their
+	// TLS handshake (others are closed), and tells who is at the other end, once
+	// for each that has shown a verified certificate. CallerFrom then has it in
+	// every call, calls without such a certificate are refused, save for the
+	// health service, and the service Peer is for nodes only. nil is plaintext.
+	Caller func(tls.ConnectionState) Caller
 	// Authorize, if set, is asked before a call touches the named log: once
-	// for a read or a Produce, once per log name for a ProduceStream. A
-	// *DeniedError refuses; who the caller is stands in ctx, put there by the
-	// credentials or an interceptor in Options.
+	// for a read or a Produce, once per log name for a ProduceStream. For
+	// GetServers, which is for whoever may do anything, it is asked for one
+	// action after the other until one is allowed. A *DeniedError refuses; who
+	// the caller is, CallerFrom(ctx) tells. It is not asked about nodes of the
+	// cluster (Caller.Server).
 	Authorize func(ctx context.Context, action Action, log string) error
 	// Audit, if set, is told of every call of the service Admin once it is over,
 	// also of those that were refused. It must not block.
 	Audit func(ctx context.Context, e AuditEvent)
-	// Subject, if set, says who calls, so that a node which passes an Admin call
-	// on can say for whom: see AuditEvent.OnBehalfOf.
-	Subject func(ctx context.Context) string
 	// Options are further options for the gRPC server: credentials, statistics
 	// handlers, interceptors (which run inside of the Service's own). They
 	// must not replace the codec.
@@ -83,9 +88,9 @@ type Service struct {
 	peer      Peer
 	forward   *Forwarder
 	limits    Limits
+	known     bool // callers are known by certificates
 	authorize func(context.Context, Action, string) error
 	audit     func(context.Context, AuditEvent)
-	subject   func(context.Context) string
 	logger    hclog.Logger
 	version   string
 
@@ -133,9 +138,9 @@ func New(cfg Config) (*Service, error) {
 		peer:      cfg.Peer,
 		forward:   cfg.Forward,
 		limits:    limits,
+		known:     cfg.Caller != nil,
 		authorize: cfg.Authorize,
 		audit:     cfg.Audit,
-		subject:   cfg.Subject,
 		logger:    cfg.Logger,
 		version:   cfg.Version,
 		health:    health.NewServer(),
@@ -175,6 +180,9 @@ func New(cfg Config) (*Service, error) {
 			PermitWithoutStream: true,
 		}),
 	}, cfg.Options...)
+	if cfg.Caller != nil {
+		options = append(options, grpc.Creds(acceptedTLS{who: cfg.Caller}))
+	}
 	s.grpc = grpc.NewServer(options...)
 	s.grpc.RegisterService(logServiceDesc(), s)
 	if s.admin != nil {
@@ -220,10 +228,7 @@ func (s *Service) SetServing(serving bool) {
 // Serve accepts connections from l until Shutdown, then returns nil, or until
 // l fails. It closes l.
 func (s *Service) Serve(l net.Listener) error {
-	l = &trackingListener{
-		Listener: netutil.LimitListener(l, s.limits.Connections),
-		tracker:  &s.conns,
-	}
+	l = newTrackingListener(l, s.limits.Connections, &s.conns)
 	if err := s.grpc.Serve(l); err != nil && s.stopping.Err() == nil {
 		return fmt.Errorf("serve gRPC on %s: %w", l.Addr(), err)
 	}

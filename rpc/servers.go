@@ -10,6 +10,10 @@ import (
 )
 
 func (s *Service) getServers(ctx context.Context, _ *v1.GetServersRequest) (*v1.GetServersResponse, error) {
+	// Whoever may do anything here has to find out where.
+	if err := s.permitAny(ctx, DefaultLog, ActionConsume, ActionProduce, ActionAdmin); err != nil {
+		return nil, err
+	}
 	list, err := s.cluster.Servers(ctx)
 	if err != nil {
 		return nil, err

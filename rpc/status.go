@@ -35,6 +35,7 @@ const (
 	ReasonShuttingDown     = "SHUTTING_DOWN"  // next_offset, for reads
 	ReasonCorrupt          = "CORRUPT"        // file, position
 	ReasonDenied           = "DENIED"         // subject, object, action
+	ReasonNoCertificate    = "CERTIFICATE_REQUIRED"
 	ReasonDeadlineExceeded = "DEADLINE_EXCEEDED"
 	ReasonCanceled         = "CANCELED"
 	ReasonDiskFull         = "DISK_FULL"
@@ -239,6 +240,11 @@ func describe(err error) description {
 			code: codes.PermissionDenied, reason: ReasonDenied,
 			advice:   "Ask whoever runs this cluster for the permission, or use another client certificate.",
 			metadata: map[string]string{"subject": denied.Subject, "object": denied.Object, "action": denied.Action},
+		}
+	case errors.Is(err, errNoCertificate):
+		return description{
+			code: codes.Unauthenticated, reason: ReasonNoCertificate,
+			advice: "Connect with a client certificate that is signed by a CA which the cluster trusts.",
 		}
 	case errors.Is(err, ErrOverloaded):
 		return description{

@@ -38,6 +38,8 @@ type Dialer struct {
 	// change; a nil config fails the Dial. The Dialer sets NextProtos in a copy
 	// and, where ServerName is empty, the address's host as that.
 	TLS func(protocol string) *tls.Config
+	// Failed is as PortConfig's.
+	Failed func(error)
 	// Check, if set, has the last word on a node that accepted: from is its id,
 	// to is ours, the cluster id is its own. An error closes the connection and
 	// counts as a refusal. conn is for looking at: ConnectionState has the

@@ -42,6 +42,9 @@ type PortConfig struct {
 	// see to. What may change while the port is open has to come from
 	// GetConfigForClient or GetCertificate.
 	TLS *tls.Config
+	// Failed, if set, is told why a handshake of TLS failed: that a CA is not
+	// known may be news to whoever keeps them. It must be quick.
+	Failed func(error)
 	// Check, if set, has the last word on a peer that fits (see Match): an error
 	// refuses it, a *RefusedError with its own reason. conn is for looking at,
 	// not for reading or writing: ConnectionState has its certificate, SameNode

@@ -162,6 +162,9 @@ func (e *handshakeError) Unwrap() error { return e.err }
 func (p *Port) secure(raw net.Conn) (kind, net.Conn, error) {
 	conn := tls.Server(raw, p.tls)
 	if err := conn.Handshake(); err != nil {
+		if p.cfg.Failed != nil {
+			p.cfg.Failed(err)
+		}
 		return 0, nil, p.insecure(raw, err)
 	}
 	switch conn.ConnectionState().NegotiatedProtocol {
@@ -252,6 +255,9 @@ func (d *Dialer) secure(raw net.Conn, address string) (*tls.Conn, error) {
 	}
 	conn := tls.Client(raw, cfg)
 	if err := conn.Handshake(); err != nil {
+		if d.Failed != nil {
+			d.Failed(err)
+		}
 		return nil, tlsFailure(err)
 	}
 	if got := conn.ConnectionState().NegotiatedProtocol; got != ProtocolRaft {

@@ -540,22 +540,32 @@ func FuzzTLSHandshake(f *testing.F) {
 	f.Add([]byte("diurna-raft/1\n"))
 	f.Add([]byte("\x80\x2e\x01\x03\x01"))
 	f.Add([]byte("\x15\x03\x01\x00\x02\x02\x46"))
+	// Made once, and so at another time than is in the bubbles.
+	ca := peertest.NewCA(f, "CA")
+	now := time.Now()
+	own, others := ca.Server(f, "c", "n-a"), ca.Server(f, "c", "n-b")
+	at := func(cfg *tls.Config) *tls.Config {
+		cfg.Time = func() time.Time { return now }
+		return cfg
+	}
 	f.Fuzz(func(t *testing.T, say []byte) {
 		synctest.Test(t, func(t *testing.T) {
 			n := peertest.New(rand.New(rand.NewPCG(1, 2)))
 			defer n.Close()
-			s := startSecure(t, n, nil)
+			p := startPort(t, n, "a", peer.PortConfig{TLS: at(peertest.PortTLS(ca, "c", own))})
 			c := knock(t, n, "x", "a", "")
 			_, _ = c.Write(say) // the port may have had enough
 			_, _ = io.Copy(io.Discard, c)
 			c.Close()
 			synctest.Wait()
-			mustDial(t, s.dialer(s.ca.Server(t, "c", "n-b")), "n-a", "a:8400")
-			if got := accept(t, s.port.Peers()).(*peer.Conn).Hello().From; got != "n-b" {
+			d := newDialer(n, "b")
+			d.TLS = func(string) *tls.Config { return at(peertest.DialTLS(ca, "c", others)) }
+			mustDial(t, d, "n-a", "a:8400")
+			if got := accept(t, p.Peers()).(*peer.Conn).Hello().From; got != "n-b" {
 				t.Errorf("handed on %q", got)
 			}
-			clients := s.port.Clients()
-			if err := s.port.Close(); err != nil {
+			clients := p.Clients()
+			if err := p.Close(); err != nil {
 				t.Error(err)
 			}
 			if c, err := clients.Accept(); err == nil {

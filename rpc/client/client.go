@@ -45,8 +45,11 @@ type Client struct {
 	current   atomic.Int64 // index of the endpoint to use
 	// connected says that some node could be reached some time.
 	connected atomic.Bool
-	retry     time.Duration
-	gatherer  *gatherer // nil for a client that makes separate calls
+	// spoke says that some node has answered some time, past whatever secures
+	// the connection.
+	spoke    atomic.Bool
+	retry    time.Duration
+	gatherer *gatherer // nil for a client that makes separate calls
 }
 
 // endpoint is a connection to one address.
@@ -65,13 +68,14 @@ type Option func(*options)
 
 type options struct {
 	creds    credentials.TransportCredentials
+	tls      *TLSFiles // goes before creds
 	dial     func(ctx context.Context, addr string) (net.Conn, error)
 	retry    time.Duration
 	separate bool
 }
 
-// WithTransportCredentials secures the connection. Without it the connection
-// is plaintext.
+// WithTransportCredentials secures the connection. Without it, and without
+// WithTLS, which is easier and goes before it, the connection is plaintext.
 func WithTransportCredentials(creds credentials.TransportCredentials) Option {
 	return func(o *options) { o.creds = creds }
 }
@@ -103,11 +107,17 @@ func WithSeparateCalls() Option { return func(o *options) { o.separate = true } 
 // be reached, is stopping or knows no leader; then the next one is.
 //
 // Dial does not wait for a connection: calls report, with reason UNREACHABLE,
-// that there is none.
+// that there is none, or, with TLS_FAILED, that it could not be secured.
 func Dial(addr string, opts ...Option) (*Client, error) {
 	o := options{creds: insecure.NewCredentials(), dial: dialTCP, retry: DefaultRetry}
 	for _, opt := range opts {
 		opt(&o)
+	}
+	if o.tls != nil {
+		if _, err := o.tls.config(); err != nil {
+			return nil, fmt.Errorf("prepare TLS: %w", err)
+		}
+		o.creds = fileCreds{*o.tls}
 	}
 	c := &Client{retry: o.retry}
 	for part := range strings.SplitSeq(addr, ",") {
@@ -133,7 +143,7 @@ func (ep *endpoint) connect(o *options) error {
 	// resolve is reported like an address that does not answer. No proxy: a
 	// node is never behind the one a machine uses for the web.
 	ep.conn, err = grpc.NewClient("passthrough:///"+ep.addr,
-		grpc.WithTransportCredentials(o.creds),
+		grpc.WithTransportCredentials(watchedCreds{o.creds, ep}),
 		grpc.WithNoProxy(),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithDisableRetry(),
@@ -213,8 +223,7 @@ func (ep *endpoint) watchDial(dial func(context.Context, string) (net.Conn, erro
 			}
 			return nil, err
 		}
-		ep.dialErr.Store(nil)
-		ep.client.connected.Store(true)
+		ep.client.connected.Store(true) // the rest is watchedConn's to judge
 		return conn, nil
 	}
 }

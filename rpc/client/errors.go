@@ -33,6 +33,7 @@ const (
 	ReasonShuttingDown     = "SHUTTING_DOWN"  // next_offset, for reads
 	ReasonCorrupt          = "CORRUPT"        // file, position
 	ReasonDenied           = "DENIED"         // subject, object, action
+	ReasonNoCertificate    = "CERTIFICATE_REQUIRED"
 	ReasonDiskFull         = "DISK_FULL"
 	ReasonWouldLoseQuorum  = "WOULD_LOSE_QUORUM" // voters, healthy
 	ReasonUnknownServer    = "UNKNOWN_SERVER"    // id
@@ -41,6 +42,9 @@ const (
 
 	// ReasonUnreachable: no connection could be made.
 	ReasonUnreachable = "UNREACHABLE"
+	// ReasonTLSFailed: a connection was made and could not be secured. The
+	// metadata's cause is one of the Cause constants.
+	ReasonTLSFailed = "TLS_FAILED"
 	// ReasonConnectionLost: the connection broke during the call.
 	ReasonConnectionLost = "CONNECTION_LOST"
 	// ReasonTimeout: the caller's context or the AckTimeout ended the wait.
@@ -146,7 +150,11 @@ func (ep *endpoint) wrap(err error, sent bool) *Error {
 		if dialErr := ep.dialErr.Load(); dialErr != nil {
 			e.cause, why = *dialErr, rootCause(*dialErr)
 		}
-		if sent {
+		failed, insecure := errors.AsType[*tlsError](e.cause)
+		if insecure && !sent {
+			e.Reason, e.Metadata, e.Advice = ReasonTLSFailed, map[string]string{"cause": failed.cause}, failed.advice
+			e.Message = fmt.Sprintf("no secure connection to %s: %s", ep.addr, failed.Error())
+		} else if sent {
 			e.Reason, e.Message = ReasonConnectionLost, fmt.Sprintf("lost the connection to %s: %s", ep.addr, why)
 		} else {
 			e.Reason, e.Message = ReasonUnreachable, fmt.Sprintf("cannot reach a node at %s: %s", ep.addr, why)
@@ -182,6 +190,9 @@ func (ep *endpoint) timeoutError(cause error, message string) *Error {
 // rootCause is the part of a dial error that people need: the address is
 // already beside it.
 func rootCause(err error) string {
+	if ended, ok := errors.AsType[*endedError](err); ok {
+		return ended.Error()
+	}
 	var dns *net.DNSError
 	if errors.As(err, &dns) {
 		return dns.Err

@@ -27,10 +27,15 @@ func (c *Client) leave(ep *endpoint) {
 // elsewhere reports whether another node may do what this one did not.
 func (e *Error) elsewhere() bool {
 	switch e.Reason {
-	case ReasonUnreachable, ReasonConnectionLost, ReasonShuttingDown, ReasonNoLeader, ReasonNotLeader, ReasonTooManyCalls:
+	case ReasonUnreachable, ReasonTLSFailed, ReasonConnectionLost, ReasonShuttingDown, ReasonNoLeader, ReasonNotLeader, ReasonTooManyCalls:
 		return true
 	}
 	return false
+}
+
+// unconnected reports whether there was no connection to make the call on.
+func (e *Error) unconnected() bool {
+	return e.Reason == ReasonUnreachable || e.Reason == ReasonTLSFailed
 }
 
 // attempts decides whether a call is made again, and where.
@@ -64,12 +69,15 @@ func (a *attempts) again(ctx context.Context, ep *endpoint, e *Error) bool {
 	if e.elsewhere() {
 		c.leave(ep)
 	}
-	if e.Reason == ReasonUnreachable {
+	if e.unconnected() {
 		if a.made < len(c.endpoints) {
 			return true
 		}
 		if !c.connected.Load() {
 			return false // there never was anybody: a wrong address, most likely
+		}
+		if e.Reason == ReasonTLSFailed && !c.spoke.Load() {
+			return false // wrong certificates, most likely; later they may be renewed
 		}
 	}
 	if a.quick {
@@ -121,7 +129,7 @@ func (c *Client) change(ctx context.Context, method string, req, resp any) error
 		if e == nil {
 			return nil
 		}
-		if e.Reason != ReasonUnreachable || !a.again(ctx, ep, e) {
+		if !e.unconnected() || !a.again(ctx, ep, e) {
 			return e
 		}
 	}

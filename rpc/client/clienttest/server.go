@@ -5,6 +5,7 @@ package clienttest
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -21,6 +22,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/diurnalog/diurna/agent/peer"
 	v1 "github.com/diurnalog/diurna/rpc/v1"
 )
 
@@ -101,6 +103,23 @@ func (s *Server) StartTCP(t testing.TB) *Server {
 		t.Fatal(err)
 	}
 	return s.serve(t, l)
+}
+
+// StartTLS serves on a loopback port as a node does that secures its port by cfg,
+// until the test ends.
+func (s *Server) StartTLS(t testing.TB, cfg *tls.Config) *Server {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := peer.NewPort(l, peer.PortConfig{TLS: cfg, Self: func() (string, string) { return "a", "c1" }})
+	t.Cleanup(func() {
+		if err := port.Close(); err != nil {
+			t.Errorf("close the port: %v", err)
+		}
+	})
+	return s.serve(t, port.Clients())
 }
 
 func (s *Server) serve(t testing.TB, l net.Listener) *Server {
