@@ -56,7 +56,7 @@ test: vet proto-check consul vault ## Vet, check that generated code is fresh, r
 
 .PHONY: race
 race: consul vault ## Run all tests with the race detector (needs a C compiler)
-	CGO_ENABLED=1 $(GO) test -race -timeout 30m $(PKG)
+	GORACE='suppressions=$(CURDIR)/scripts/race.txt' CGO_ENABLED=1 $(GO) test -race -timeout 30m $(PKG)
 
 .PHONY: soak
 soak: consul vault ## Run the same tests for hours: more crashes, bit flips and kills
