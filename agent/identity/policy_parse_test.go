@@ -48,7 +48,7 @@ func TestParsePolicy(t *testing.T) {
 		"control":        {"p, a\x01, b, consume", "has characters that cannot be printed"},
 		"not UTF-8":      {"p, a\xff, b, consume", "0: The file is not text in UTF-8."},
 		"long pattern":   {"p, " + long + ", b, consume", "has more than 512 characters"},
-		"long comment":      {"# " + strings.Repeat("x", maxLineBytes) + "\np, a, b, consume", ""},
+		"long comment":   {"# " + strings.Repeat("x", maxLineBytes) + "\np, a, b, consume", ""},
 		"long rule":      {"p, a, b, consume" + strings.Repeat(" ", 8) + strings.Repeat(",", maxLineBytes), "1: The line has more than 4096 characters."},
 		"trust domain":   {"p, spiffe://Orders.diurna/client/x, b, consume", "1: The subject \"spiffe://Orders.diurna/client/x\" stands for nobody: trust domains have no upper-case letters. Did you mean spiffe://orders.diurna/client/x?"},
 		"too large":      {strings.Repeat("#", maxPolicyBytes+1), "0: The file has more than 1 MiB."},
