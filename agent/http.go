@@ -215,8 +215,8 @@ func ignoreClosed(err error) error {
 func (h *httpServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer func() {
 		if v := recover(); v != nil {
-			if v == http.ErrAbortHandler {
-				panic(v)
+			if err, ok := v.(error); ok && errors.Is(err, http.ErrAbortHandler) {
+				panic(v) // which is how net/http is told to hang up
 			}
 			h.cfg.Logger.Error("a request panicked", "path", r.URL.Path, "panic", v)
 			// If the answer has begun, this only ends it.

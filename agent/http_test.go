@@ -99,7 +99,14 @@ func serveHTTP(t *testing.T, change func(*httpConfig)) *httpFixture {
 	return f
 }
 
-func (f *httpFixture) do(t *testing.T, client *http.Client, method, path string, body io.Reader) (*http.Response, string) {
+// answered is a response without its body, which is read and closed.
+type answered struct {
+	StatusCode int
+	Proto      string
+	Header     http.Header
+}
+
+func (f *httpFixture) do(t *testing.T, client *http.Client, method, path string, body io.Reader) (answered, string) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(within(t), method, f.scheme+"://"+f.Addr()+path, body)
 	if err != nil {
@@ -114,7 +121,7 @@ func (f *httpFixture) do(t *testing.T, client *http.Client, method, path string,
 	if err != nil {
 		t.Fatal(err)
 	}
-	return resp, string(text)
+	return answered{resp.StatusCode, resp.Proto, resp.Header}, string(text)
 }
 
 func (f *httpFixture) get(t *testing.T, path string) (int, string) {
@@ -517,7 +524,9 @@ func TestHTTPConnections(t *testing.T) {
 	if err := read(third, 50*time.Millisecond); err == nil {
 		t.Error("a third connection is served")
 	}
-	conns[0].Close()
+	if err := conns[0].Close(); err != nil {
+		t.Fatal(err)
+	}
 	if err := read(third, patience); err != nil {
 		t.Errorf("there is room, but: %v", err)
 	}
