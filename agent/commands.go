@@ -30,6 +30,8 @@ func Commands(version string) map[string]cli.CommandFactory {
 		return func() (cli.Command, error) { return c, nil }
 	}
 	return map[string]cli.CommandFactory{
+		"acl check":     verb(newACLCheckCommand(os.Stdout, os.Stderr)),
+		"acl lint":      verb(newACLLintCommand(os.Stdout, os.Stderr)),
 		"agent":         verb(&agentCommand{stdout: os.Stdout, stderr: os.Stderr, version: version, program: os.Args[0], signals: osSignals, exit: os.Exit, now: time.Now}),
 		"debug segment": verb(newSegmentCommand(os.Stdout, os.Stderr)),
 		"validate":      verb(&validateCommand{stdout: os.Stdout, stderr: os.Stderr}),

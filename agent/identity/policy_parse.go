@@ -12,7 +12,7 @@ import (
 const (
 	ActionProduce = "produce"
 	ActionConsume = "consume"
-	// ActionMonitor is looking at the node: metrics, status, the list of servers.
+	// ActionMonitor is looking at the node over HTTP: metrics, status, servers.
 	ActionMonitor = "monitor"
 	// ActionAdmin is changing the cluster. Whoever may do that may look, too.
 	ActionAdmin = "admin"
