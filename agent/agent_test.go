@@ -54,7 +54,7 @@ func startAgent(t testing.TB, cfg *config.Config, opts Options) *testAgent {
 	a := &testAgent{cfg: cfg, opts: opts}
 	a.opts.Logger, a.log = testLogger()
 	var err error
-	if a.Agent, err = Start(cfg, a.opts); err != nil {
+	if a.Agent, err = Start(context.Background(), cfg, a.opts); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = a.Stop(within(t)) }) // tests look at its error themselves
@@ -388,7 +388,7 @@ func TestTemporaryData(t *testing.T) {
 	a.mustStop(t)
 	cfg := testConfig(t, "")
 	cfg.Listener.RPC = "127.0.0.1:bogus"
-	if _, err := Start(cfg, Options{}); err == nil {
+	if _, err := Start(context.Background(), cfg, Options{}); err == nil {
 		t.Fatal("started at a port that is none")
 	}
 	if entries, err := os.ReadDir(tmp); err != nil || len(entries) != 0 {
@@ -455,7 +455,7 @@ func TestStartFails(t *testing.T) {
 			running := goleak.IgnoreCurrent()
 			before := listing(t, filepath.Dir(cfg.DataDir))
 			logger, _ := testLogger()
-			a, err := Start(cfg, Options{Logger: logger})
+			a, err := Start(context.Background(), cfg, Options{Logger: logger})
 			if err == nil || a != nil {
 				t.Fatalf("started; %v", err)
 			}

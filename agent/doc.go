@@ -2,7 +2,7 @@
 // and stops them in the opposite order.
 //
 //	cfg, err := config.Load(sources)
-//	a, err := agent.Start(cfg, agent.Options{Logger: logger})
+//	a, err := agent.Start(ctx, cfg, agent.Options{Logger: logger})
 //	err = a.WaitReady(ctx) // it takes records
 //	...
 //	err = a.Stop(ctx) // answers what is under way, closes the log

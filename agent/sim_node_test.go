@@ -211,7 +211,7 @@ func (p *simProcess) once(cfg *config.Config, opts Options) error {
 	p.node.mu.Lock()
 	p.node.life++
 	p.node.mu.Unlock()
-	a, err := Start(cfg, opts)
+	a, err := Start(context.Background(), cfg, opts)
 	if err != nil {
 		return err
 	}
