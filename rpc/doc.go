@@ -49,11 +49,13 @@
 //	forward.go         what a node that does not lead takes to the leader:
 //	                   forward_stream.go batches, forward_log.go reads,
 //	                   forward_conn.go connections and what their errors mean
+//	caller.go          who calls, by the certificate, and what that allows
 //	interceptors.go    counting, panics, streams that know no shutdown
 //	listener.go        connections that never say anything
 //
 // # What it does not do
 //
-// It does not authenticate: credentials come in through Config.Options,
-// permission is asked through Config.Authorize.
+// It does no handshakes: with Config.Caller its listeners hand out connections
+// that are secured already, such as those of a peer.Port, and it takes what TLS
+// found out from there. What a caller may do is asked through Config.Authorize.
 package rpc

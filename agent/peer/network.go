@@ -2,9 +2,10 @@
 // share, the greeting by which a node makes sure whom it talks to, and what it
 // remembers of where the others are.
 //
-// A connection's first byte decides what it is for: 'P' opens HTTP/2, which is
-// gRPC; 'd' opens the stream that Raft runs over (see Hello). Everything else is
-// closed.
+// In plaintext, a connection's first byte decides what it is for: 'P' opens
+// HTTP/2, which is gRPC; 'd' opens the stream that Raft runs over (see Hello).
+// With TLS (PortConfig.TLS, Dialer.TLS) the two sides agree on that by ALPN, see
+// ProtocolClients and ProtocolRaft. Everything else is closed.
 //
 // Nodes are dialled by id, never by address alone: an address says where to
 // knock, and the greeting refuses unless the wanted node opens. So addresses may

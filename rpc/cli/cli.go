@@ -65,17 +65,17 @@ func Commands(m *Meta) map[string]hcli.CommandFactory {
 		return func() (hcli.Command, error) { return c, nil }
 	}
 	return map[string]hcli.CommandFactory{
-		"consume": verb(&consumeCommand{Meta: m}),
-		"produce": verb(&produceCommand{Meta: m}),
-		"leave":   verb(&leaveCommand{question: question{Meta: m}}),
-		"servers": verb(&serversCommand{question: question{Meta: m}}),
-		"status":  verb(&statusCommand{question{Meta: m}}),
+		"consume": verb(&consumeCommand{node: node{Meta: m}}),
+		"produce": verb(&produceCommand{node: node{Meta: m}}),
+		"leave":   verb(&leaveCommand{question: question{node: node{Meta: m}}}),
+		"servers": verb(&serversCommand{question: question{node: node{Meta: m}}}),
+		"status":  verb(&statusCommand{question{node: node{Meta: m}}}),
 		"version": verb(&versionCommand{Meta: m}),
 
-		"operator raft list-peers":          verb(&listPeersCommand{question: question{Meta: m}}),
-		"operator raft add-peer":            verb(&addPeerCommand{question: question{Meta: m}}),
-		"operator raft remove-peer":         verb(&removePeerCommand{question: question{Meta: m}}),
-		"operator raft transfer-leadership": verb(&transferCommand{question: question{Meta: m}}),
+		"operator raft list-peers":          verb(&listPeersCommand{question: question{node: node{Meta: m}}}),
+		"operator raft add-peer":            verb(&addPeerCommand{question: question{node: node{Meta: m}}}),
+		"operator raft remove-peer":         verb(&removePeerCommand{question: question{node: node{Meta: m}}}),
+		"operator raft transfer-leadership": verb(&transferCommand{question: question{node: node{Meta: m}}}),
 	}
 }
 
@@ -189,21 +189,6 @@ func (m *Meta) interrupts() (<-chan os.Signal, func()) {
 		return nil, func() {}
 	}
 	return m.Interrupts()
-}
-
-// withClient dials addr and runs f.
-func (m *Meta) withClient(addr string, f func(*client.Client) int, opts ...client.Option) int {
-	c, err := client.Dial(addr, append(opts, m.DialOptions...)...)
-	if err != nil {
-		m.errorf("%s", err)
-		return ExitUsage
-	}
-	code := f(c)
-	if err := c.Close(); err != nil {
-		m.errorf("%s", err)
-		return max(code, ExitUsage)
-	}
-	return code
 }
 
 // untilInterrupted is a context that ends with the first request to stop.

@@ -12,8 +12,8 @@ import (
 )
 
 type consumeCommand struct {
-	*Meta
-	addr, log            string
+	node
+	log                  string
 	from                 string
 	until                *uint64
 	max                  uint64
@@ -26,7 +26,7 @@ type consumeCommand struct {
 
 func (c *consumeCommand) options() *flags.Set {
 	f := flags.New()
-	addrFlag(f, c.Meta, &c.addr)
+	c.node.flags(f)
 	logFlag(f, &c.log)
 
 	f.Text(&c.from, "from", "start", "earliest", "Where to start: earliest (the first record that is kept), latest (only what is yet to come; see -follow), an offset (17 or offset:17), last:N for the last N records, a time (2026-01-31T12:00:00Z), or how long ago (90s, 10m, 2d). Default earliest.")
@@ -76,13 +76,12 @@ Examples:
 
   Get one record back as a file:
 
-      $ diurna consume -from 42 -count 1 -raw > photo.jpg
-`)
+      $ diurna consume -from 42 -count 1 -raw > photo.jpg`+tlsHelp)
 }
 
 func (c *consumeCommand) Run(args []string) int {
 	f := c.options()
-	err := f.Parse(args)
+	err := c.parse(f, args)
 	var start client.Start
 	if err == nil {
 		start, err = parseFrom(c.from, time.Now())
@@ -102,7 +101,7 @@ func (c *consumeCommand) Run(args []string) int {
 	if c.nul {
 		c.separator = "\x00"
 	}
-	return c.withClient(c.addr, func(cl *client.Client) int { return c.consume(cl, start) }, client.WithRetry(c.retry))
+	return c.withClient(func(cl *client.Client) int { return c.consume(cl, start) }, client.WithRetry(c.retry))
 }
 
 // consume copies in a goroutine of its own, so that a second interrupt ends

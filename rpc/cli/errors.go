@@ -42,6 +42,10 @@ func explain(err error) string {
 	switch e.Reason {
 	case client.ReasonUnreachable:
 		advice = "Is one running? Start one with `diurna agent -dev`, or name another with -addr or DIURNA_ADDR."
+	case client.ReasonTLSFailed:
+		advice = strings.TrimSpace(advice + " " + tlsAdvice(e.Metadata["cause"]))
+	case client.ReasonNoCertificate:
+		advice = "Give one with -client-cert and -client-key, or DIURNA_CLIENT_CERT and DIURNA_CLIENT_KEY."
 	case client.ReasonConnectionLost:
 		advice = "Is the node still up? `diurna status` tells."
 	case client.ReasonNotLeader:
@@ -74,6 +78,23 @@ func explain(err error) string {
 		text += "."
 	}
 	return text + " " + advice
+}
+
+// tlsAdvice names the options that can help.
+func tlsAdvice(cause string) string {
+	switch cause {
+	case client.CauseUntrusted:
+		return "See -ca-file or DIURNA_CACERT."
+	case client.CauseWrongName:
+		return "See -tls-server-name or DIURNA_TLS_SERVER_NAME."
+	case client.CauseRefused, client.CauseRequired:
+		return "See -client-cert and -client-key, or DIURNA_CLIENT_CERT and DIURNA_CLIENT_KEY."
+	case client.CausePlaintext:
+		return "-tls=false connects without."
+	case client.CauseTLS:
+		return "See -ca-file, or DIURNA_CACERT."
+	}
+	return ""
 }
 
 // isClosedPipe reports whether a write failed because nobody reads any more.

@@ -96,8 +96,7 @@ Examples:
 
   What one node takes the cluster for, when there is no leader:
 
-      $ diurna operator raft list-peers -stale -addr db2
-`)
+      $ diurna operator raft list-peers -stale -addr db2`+tlsHelp)
 }
 
 func (c *listPeersCommand) Run(args []string) int {
@@ -180,14 +179,13 @@ the new address.
 `, `
 Examples:
 
-      $ diurna operator raft add-peer -peer-id 3d33da75-9e0d-4612-8163-382cf16e54f2 -peer-address 10.0.0.4:8400
-`)
+      $ diurna operator raft add-peer -peer-id 3d33da75-9e0d-4612-8163-382cf16e54f2 -peer-address 10.0.0.4:8400`+tlsHelp)
 }
 
 func (c *addPeerCommand) Run(args []string) int {
 	const verb = "operator raft add-peer"
 	f := c.options()
-	err := f.Parse(args)
+	err := c.parse(f, args)
 	if err == nil && (c.id == "" || c.address == "") {
 		err = errors.New("both -peer-id and -peer-address are needed")
 	}
@@ -235,14 +233,13 @@ Examples:
 
   Remove the node whose disk is gone:
 
-      $ diurna operator raft remove-peer -peer-id db3
-`)
+      $ diurna operator raft remove-peer -peer-id db3`+tlsHelp)
 }
 
 func (c *removePeerCommand) Run(args []string) int {
 	const verb = "operator raft remove-peer"
 	f := c.options()
-	err := f.Parse(args)
+	err := c.parse(f, args)
 	if err == nil {
 		err = c.peer.check(f, true)
 	}
@@ -300,14 +297,13 @@ Examples:
 
   Back to the one that is nearest:
 
-      $ diurna operator raft transfer-leadership -peer-id db1
-`)
+      $ diurna operator raft transfer-leadership -peer-id db1`+tlsHelp)
 }
 
 func (c *transferCommand) Run(args []string) int {
 	const verb = "operator raft transfer-leadership"
 	f := c.options()
-	err := f.Parse(args)
+	err := c.parse(f, args)
 	if err == nil {
 		err = c.peer.check(f, false)
 	}
@@ -387,13 +383,12 @@ member.
 `, `
 Examples:
 
-      $ diurna leave -addr db3 -timeout 1m
-`)
+      $ diurna leave -addr db3 -timeout 1m`+tlsHelp)
 }
 
 func (c *leaveCommand) Run(args []string) int {
 	f := c.options()
-	err := f.Parse(args)
+	err := c.parse(f, args)
 	if err == nil && strings.Contains(c.addr, ",") {
 		err = errors.New("several addresses are given: it must be clear which node is to leave. Name one with -addr")
 	}

@@ -18,7 +18,7 @@ const (
 
 // askOthers fills in what a list's other nodes say of themselves, and what the
 // leader says of all, as far as they can be reached.
-func (m *Meta) askOthers(ctx context.Context, list *client.ServerList) {
+func (n *node) askOthers(ctx context.Context, list *client.ServerList) {
 	ctx, cancel := context.WithTimeout(ctx, othersTimeout)
 	defer cancel()
 	answers := make([]client.ServerList, len(list.Servers))
@@ -31,7 +31,7 @@ func (m *Meta) askOthers(ctx context.Context, list *client.ServerList) {
 		wg.Go(func() {
 			slots <- struct{}{}
 			defer func() { <-slots }()
-			answers[i] = m.askOne(ctx, s.Address)
+			answers[i] = n.askOne(ctx, s.Address)
 		})
 	}
 	wg.Wait()
@@ -49,8 +49,8 @@ func (m *Meta) askOthers(ctx context.Context, list *client.ServerList) {
 	}
 }
 
-func (m *Meta) askOne(ctx context.Context, address string) client.ServerList {
-	c, err := client.Dial(address, append([]client.Option{client.WithRetry(0)}, m.DialOptions...)...)
+func (n *node) askOne(ctx context.Context, address string) client.ServerList {
+	c, err := client.Dial(address, n.clientOptions(client.WithRetry(0))...)
 	if err != nil {
 		return client.ServerList{}
 	}

@@ -12,8 +12,8 @@ import (
 )
 
 type produceCommand struct {
-	*Meta
-	addr, log               string
+	node
+	log                     string
 	nul, json, quiet        bool
 	printOffsets            bool
 	files                   []string
@@ -28,7 +28,7 @@ type produceCommand struct {
 
 func (c *produceCommand) options() *flags.Set {
 	f := flags.New()
-	addrFlag(f, c.Meta, &c.addr)
+	c.node.flags(f)
 	logFlag(f, &c.log)
 
 	f.Bool(&c.nul, "0", "Records end with a NUL byte instead of a newline, as from find -print0.")
@@ -105,13 +105,12 @@ Examples:
 
   Copy a log, keys and headers included:
 
-      $ diurna consume -json | diurna produce -json -addr other:8400
-`)
+      $ diurna consume -json | diurna produce -json -addr other:8400`+tlsHelp)
 }
 
 func (c *produceCommand) Run(args []string) int {
 	f := c.options()
-	err := f.Parse(args)
+	err := c.parse(f, args)
 	for _, group := range [][]string{
 		{"0", "json", "file"},
 		{"json", "key"}, {"json", "header"}, {"json", "key-separator"},
@@ -133,7 +132,7 @@ func (c *produceCommand) Run(args []string) int {
 	if err != nil {
 		return c.usage("produce", err)
 	}
-	return c.withClient(c.addr, c.produce, client.WithRetry(c.retry))
+	return c.withClient(c.produce, client.WithRetry(c.retry))
 }
 
 func (c *produceCommand) source() source {

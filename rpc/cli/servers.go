@@ -39,8 +39,7 @@ Examples:
 
   The leader's address, for a script:
 
-      $ diurna servers -json | jq -r '.servers[] | select(.leader).address'
-`)
+      $ diurna servers -json | jq -r '.servers[] | select(.leader).address'`+tlsHelp)
 }
 
 func (c *serversCommand) Run(args []string) int {

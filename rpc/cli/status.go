@@ -27,8 +27,7 @@ Examples:
 
   Wait for a node to come up:
 
-      $ until diurna status >/dev/null 2>&1; do sleep 1; done
-`)
+      $ until diurna status >/dev/null 2>&1; do sleep 1; done`+tlsHelp)
 }
 
 // nodeStatus is the answer; -json prints it.

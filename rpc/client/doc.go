@@ -47,6 +47,12 @@
 // stopping or knows no leader, then the next one is. [Client.ListPeers] and its
 // neighbours are for operators.
 //
+// # TLS
+//
+// [WithTLS] takes a CA, a certificate and a key from files, which are read anew for
+// each connection. Where one cannot be secured, the [Error] has reason TLS_FAILED
+// and says who refused whom.
+//
 // # What it does not do yet
 //
 // It uses the addresses that it was given and finds no others, and does not
