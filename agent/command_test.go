@@ -374,7 +374,7 @@ func TestNotStarted(t *testing.T) {
 func TestValidate(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
-	writeFiles(t, dir, map[string]string{"a.hcl": `data_dir = "data"`, "b.json": `{"log_level": "warn"}`, "d": "/", "d/c.hcl": `log_level = 1`, "d/notes.txt": "no"})
+	writeFiles(t, dir, map[string]string{"a.hcl": "data_dir = \"data\"\ntls {\n  source = \"none\"\n}\n", "b.json": `{"log_level": "warn"}`, "d": "/", "d/c.hcl": `log_level = 1`, "d/notes.txt": "no"})
 	for _, tc := range []struct {
 		args   []string
 		code   int

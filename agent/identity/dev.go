@@ -109,7 +109,7 @@ func (s *devSource) client(ca *authority) error {
 	if b, err := loadPEM(name); err == nil && len(b.certs) == 1 {
 		c, now := b.certs[0], s.now()
 		if samePublic(key, c) && c.CheckSignatureFrom(ca.cert) == nil && n.missing(c) == "" &&
-			!now.Before(c.NotBefore) && now.Before(renewAt(c, 0)) {
+			!now.Before(c.NotBefore) && now.Before(renewAt(c.NotBefore, c, 0)) {
 			return nil
 		}
 	}

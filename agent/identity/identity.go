@@ -171,7 +171,7 @@ func (i *Identity) fromCache(want *names) bool {
 		i.logger.Warn("the cached certificate is not used; a new one is fetched", "folder", i.cfg.Dir, "error", err)
 		return false
 	}
-	i.use(c.pair, c.trust)
+	i.use(c.pair, c.trust, c.pair.leaf.NotBefore)
 	i.status.FromCache = true
 	if lacks := want.missing(c.pair.leaf); lacks != "" {
 		i.logger.Info("the cached certificate lacks a name; it is renewed at once", "name", lacks)
@@ -241,18 +241,22 @@ func (i *Identity) adopt(p *pair, from *issuers) error {
 	if err := p.check(now, i.serverName, t); err != nil {
 		return err
 	}
-	i.use(p, t)
+	i.use(p, t, now)
 	i.save(p, t)
 	return nil
 }
 
-// use swaps to a certificate and a trust that fit together.
-func (i *Identity) use(p *pair, t *trust) {
+// use swaps to a certificate, good since a time, and a trust that fit together.
+func (i *Identity) use(p *pair, t *trust, since time.Time) {
 	i.keep(p.leaf)
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.src.scheduled() {
-		i.nextTry = renewAt(p.leaf, i.opts.random())
+		i.nextTry = renewAt(since, p.leaf, i.opts.random())
+		// However short a life is given, Vault is not asked without end.
+		if least := i.opts.now().Add(i.opts.timing.retryFirst); i.nextTry.Before(least) {
+			i.nextTry = least
+		}
 	}
 	i.status.certificate(p.leaf, i.nextTry)
 	i.status.trust(t)

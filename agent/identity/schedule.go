@@ -31,11 +31,14 @@ var usualTiming = timing{
 	poll: 2 * time.Second, nag: time.Hour,
 }
 
-// renewAt is when to renew a certificate: after two thirds of its life, and up
-// to a tenth later, so that nodes which started together do not ask together. r
-// is random, in [0, 1).
-func renewAt(c *x509.Certificate, r float64) time.Time {
-	return c.NotBefore.Add(time.Duration(float64(life(c)) * (0.66 + r*0.10)))
+// renewAt is when to renew a certificate that was good since a time: after two
+// thirds of its life from then, and up to a tenth later, so that nodes which
+// started together do not ask together. r is random, in [0, 1).
+//
+// For one that was just issued that time is now: CAs date certificates back, for
+// clocks that are behind, and that part of a short life is no part of it.
+func renewAt(since time.Time, c *x509.Certificate, r float64) time.Time {
+	return since.Add(time.Duration(float64(c.NotAfter.Sub(since)) * (0.66 + r*0.10)))
 }
 
 // retryAfter is how long to wait after failure n, the first being 0, with so

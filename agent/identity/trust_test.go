@@ -163,7 +163,7 @@ func TestRenewAt(t *testing.T) {
 	for _, l := range []time.Duration{time.Minute, 24 * time.Hour, 8760 * time.Hour} {
 		c := &x509.Certificate{NotBefore: from, NotAfter: from.Add(l)}
 		for _, r := range []float64{0, 0.5, 0.999} {
-			at := renewAt(c, r).Sub(from)
+			at := renewAt(c.NotBefore, c, r).Sub(from)
 			if at < l*66/100 || at > l*76/100 {
 				t.Errorf("a life of %s is renewed after %s", l, at)
 			}
