@@ -113,8 +113,8 @@ func TestClusterWithoutConsul(t *testing.T) {
 }
 
 // follow reads from a node until ctx ends, and checks that nothing is missing.
-func follow(ctx context.Context, addr string, next *uint64) error {
-	c, err := client.Dial(addr)
+func follow(ctx context.Context, addr string, next *uint64, opts ...client.Option) error {
+	c, err := dialNode(addr, opts...)
 	if err != nil {
 		return err
 	}

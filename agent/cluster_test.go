@@ -23,6 +23,7 @@ type processCluster struct {
 	config string // file that all nodes read
 	dir    string
 	nodes  []*member
+	files  *client.TLSFiles // what clients need; nil is plaintext
 }
 
 // member is a node that keeps its data, and its port, from one life to the next.
@@ -45,6 +46,12 @@ func startNodes(t testing.TB, n int, settings string) *processCluster {
 func prepareNodes(t testing.TB, n int, settings string) *processCluster {
 	t.Helper()
 	c := &processCluster{consul: consultest.Start(t, consultest.Options{}), dir: t.TempDir()}
+	c.configure(t, n, fmt.Sprintf("consul { address = %q }\n%s", c.consul.HTTP, settings))
+	return c
+}
+
+func (c *processCluster) configure(t testing.TB, n int, settings string) {
+	t.Helper()
 	c.config = filepath.Join(c.dir, "cluster.hcl")
 	text := fmt.Sprintf(`
 		cluster {
@@ -52,15 +59,13 @@ func prepareNodes(t testing.TB, n int, settings string) *processCluster {
 			bootstrap_expect = %d
 		}
 		discovery { type = "consul" }
-		consul { address = %q }
 		membership { stabilization = "1s" }
 		disk { min_free = "16MiB" }
 		%s
-	`, n, c.consul.HTTP, settings)
+	`, n, settings)
 	if err := os.WriteFile(c.config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return c
 }
 
 func (c *processCluster) start(t testing.TB, n int) {
@@ -78,6 +83,9 @@ func (c *processCluster) add(t testing.TB, more ...string) *member {
 	t.Helper()
 	name := fmt.Sprintf("n%d", len(c.nodes)+1)
 	m := &member{name: name, dir: c.dataDir(name), listen: freeAddress(t), more: more}
+	if c.files != nil {
+		trusts.Store(m.listen, *c.files)
+	}
 	c.nodes = append(c.nodes, m)
 	c.launch(t, m)
 	return m
@@ -142,7 +150,7 @@ func (c *processCluster) servers(t testing.TB, what string, ok func([]client.Ser
 }
 
 func serversOf(ctx context.Context, addr string) ([]client.Server, error) {
-	c, err := client.Dial(addr)
+	c, err := dialNode(addr)
 	if err != nil {
 		return nil, err
 	}
@@ -300,6 +308,7 @@ type steady struct {
 	name    string
 	acked   map[uint64]string // by offset
 	unknown []string
+	refused int // attempts that definitely failed
 	last    time.Time
 	longest time.Duration // between two acknowledgements
 }
@@ -341,6 +350,7 @@ func (s *steady) one(ctx context.Context, value string) error {
 			s.last = time.Now()
 			return nil
 		case errors.As(err, &failed) && failed.Definite:
+			s.refused++
 			select {
 			case <-time.After(20 * time.Millisecond):
 			case <-ctx.Done():

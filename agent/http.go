@@ -67,10 +67,9 @@ type certificateStatus struct {
 
 // Reasons that only HTTP has. Those of gRPC are the same here as there.
 const (
-	reasonNotFound        = "NOT_FOUND"
-	reasonMethod          = "METHOD_NOT_ALLOWED"
-	reasonNotReady        = "NOT_READY"
-	reasonUnauthenticated = "UNAUTHENTICATED"
+	reasonNotFound = "NOT_FOUND"
+	reasonMethod   = "METHOD_NOT_ALLOWED"
+	reasonNotReady = "NOT_READY"
 )
 
 // Limits of a request. None has a body, and all answers are small.
@@ -248,7 +247,7 @@ func (h *httpServer) admit(w http.ResponseWriter, r *http.Request) bool {
 		return true
 	}
 	if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {
-		h.fail(w, http.StatusUnauthorized, reasonUnauthenticated, "This takes a client certificate of the cluster's CA. Only /v1/health/live and /v1/health/ready do not.")
+		h.fail(w, http.StatusUnauthorized, rpc.ReasonNoCertificate, "This takes a client certificate of the cluster's CA. Only /v1/health/live and /v1/health/ready do not.")
 		return false
 	}
 	if h.cfg.Authorize == nil {

@@ -325,9 +325,9 @@ func TestHTTPTLS(t *testing.T) {
 		status    int // of what is not health
 		reason    string
 	}{
-		"nobody":                 {ca.client(t, nil, ""), nil, 401, "UNAUTHENTICATED"},
+		"nobody":                 {ca.client(t, nil, ""), nil, 401, rpc.ReasonNoCertificate},
 		"anybody":                {ca.client(t, ca, "shop"), nil, 200, ""},
-		"nobody, permissions":    {ca.client(t, nil, ""), authorize, 401, "UNAUTHENTICATED"},
+		"nobody, permissions":    {ca.client(t, nil, ""), authorize, 401, rpc.ReasonNoCertificate},
 		"who may not":            {ca.client(t, ca, "shop"), authorize, 403, "DENIED"},
 		"who may":                {ca.client(t, ca, "prometheus"), authorize, 200, ""},
 		"who may, configuration": {ca.client(t, ca, "prometheus"), authorize, 200, ""},

@@ -269,9 +269,20 @@ func patient(t testing.TB, addr string) *client.Client {
 	return dialWith(t, addr, client.WithRetry(patience))
 }
 
+// trusts has, by address, what clients of nodes with TLS need.
+var trusts sync.Map // of client.TLSFiles
+
+// dialNode makes a client of a node, with TLS where the node has it.
+func dialNode(addr string, opts ...client.Option) (*client.Client, error) {
+	if files, ok := trusts.Load(addr); ok {
+		opts = append(opts, client.WithTLS(files.(client.TLSFiles)))
+	}
+	return client.Dial(addr, opts...)
+}
+
 func dialWith(t testing.TB, addr string, opts ...client.Option) *client.Client {
 	t.Helper()
-	c, err := client.Dial(addr, opts...)
+	c, err := dialNode(addr, opts...)
 	if err != nil {
 		t.Fatal(err)
 	}
