@@ -221,6 +221,9 @@ func TestTLSCertificates(t *testing.T) {
 					expect(t, accept(t, s.port.Clients()), preface)
 					return
 				}
+				// Nor is it in the way of the alert what it says then.
+				time.Sleep(500 * time.Millisecond)
+				write(t, c, preface)
 				if _, err := c.Read(make([]byte, 1)); err == nil || !strings.Contains(err.Error(), "remote error: tls: ") || !strings.Contains(err.Error(), tc.said) {
 					t.Errorf("read %v", err)
 				}
@@ -335,6 +338,10 @@ func TestTLSMismatch(t *testing.T) {
 		} {
 			for range 2 {
 				c := knock(t, n, "client", "a", tc.say)
+				if tc.answer != "" {
+					time.Sleep(500 * time.Millisecond)
+					write(t, c, "it talks on")
+				}
 				if got, _ := io.ReadAll(c); string(got) != tc.answer {
 					t.Errorf("%s: answered %q", name, got)
 				}
