@@ -509,7 +509,9 @@ func clientHello(t testing.TB) string {
 		t.Fatal(err)
 	}
 	a.Close()
-	<-done
+	if err := <-done; err == nil {
+		t.Fatal("nobody answered, and yet the handshake is over")
+	}
 	return string(buf[:n])
 }
 

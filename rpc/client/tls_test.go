@@ -265,14 +265,14 @@ func TestTLSFilesChange(t *testing.T) {
 			time.Sleep(10 * time.Millisecond) // for gRPC to connect again
 		}
 	}
-	(*first).Close()
+	_ = (*first).Close()
 	eventually(ReasonTLSFailed)
 	write(after)
 	eventually("")
 	if err := os.WriteFile(files.KeyFile, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	(*conns.Load()).Close()
+	_ = (*conns.Load()).Close()
 	eventually(ReasonTLSFailed)
 	e, _ := errors.AsType[*Error](ask())
 	if e == nil || e.Metadata["cause"] != CauseFiles || !strings.Contains(e.Message, files.KeyFile) {
