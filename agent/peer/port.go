@@ -370,9 +370,6 @@ func (p *Port) greet(raw, conn net.Conn) (net.Conn, error) {
 		return nil, errors.Join(err, werr)
 	}
 	if refused {
-		if secured, ok := conn.(*tls.Conn); ok {
-			_ = secured.CloseWrite() // as linger does below TLS
-		}
 		linger(raw)
 		return nil, err
 	}

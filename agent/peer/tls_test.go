@@ -221,6 +221,11 @@ func TestTLSCertificates(t *testing.T) {
 					expect(t, accept(t, s.port.Clients()), preface)
 					return
 				}
+				// Nor is what it says then in the way of the alert.
+				for range 3 {
+					time.Sleep(100 * time.Millisecond)
+					write(t, c, preface)
+				}
 				if _, err := c.Read(make([]byte, 1)); err == nil || !strings.Contains(err.Error(), "remote error: tls: ") || !strings.Contains(err.Error(), tc.said) {
 					t.Errorf("read %v", err)
 				}
@@ -335,6 +340,12 @@ func TestTLSMismatch(t *testing.T) {
 		} {
 			for range 2 {
 				c := knock(t, n, "client", "a", tc.say)
+				if tc.answer != "" {
+					for range 3 {
+						time.Sleep(100 * time.Millisecond)
+						write(t, c, "it talks on")
+					}
+				}
 				if got, _ := io.ReadAll(c); string(got) != tc.answer {
 					t.Errorf("%s: answered %q", name, got)
 				}
@@ -413,7 +424,8 @@ func TestTLSRefusal(t *testing.T) {
 			time.Sleep(100 * time.Millisecond)
 			write(t, c, strings.Repeat("x", 1000))
 		}
-		if got, err := io.ReadAll(c); err != nil || !strings.Contains(string(got), `"reason":"not_me"`) {
+		begin := time.Now()
+		if got, err := io.ReadAll(c); err != nil || time.Since(begin) != 0 || !strings.Contains(string(got), `"reason":"not_me"`) {
 			t.Errorf("read %q, %v", got, err)
 		}
 	})
@@ -497,7 +509,9 @@ func clientHello(t testing.TB) string {
 		t.Fatal(err)
 	}
 	a.Close()
-	<-done
+	if err := <-done; err == nil {
+		t.Fatal("nobody answered, and yet the handshake is over")
+	}
 	return string(buf[:n])
 }
 

@@ -26,7 +26,7 @@ type consumeCommand struct {
 
 func (c *consumeCommand) options() *flags.Set {
 	f := flags.New()
-	c.node.flags(f)
+	c.nodeFlags(f)
 	logFlag(f, &c.log)
 
 	f.Text(&c.from, "from", "start", "earliest", "Where to start: earliest (the first record that is kept), latest (only what is yet to come; see -follow), an offset (17 or offset:17), last:N for the last N records, a time (2026-01-31T12:00:00Z), or how long ago (90s, 10m, 2d). Default earliest.")

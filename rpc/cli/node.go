@@ -39,8 +39,8 @@ type node struct {
 	secure []client.Option
 }
 
-// flags adds the options, with what the environment says as their defaults.
-func (n *node) flags(f *flags.Set) {
+// nodeFlags adds the options, with what the environment says as their defaults.
+func (n *node) nodeFlags(f *flags.Set) {
 	addrFlag(f, n.Meta, &n.addr)
 	n.useTLS, n.secure = false, nil
 	f.Text(&n.tlsFiles.CAFile, flagCA, "file", n.env(envCA),

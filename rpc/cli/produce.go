@@ -28,7 +28,7 @@ type produceCommand struct {
 
 func (c *produceCommand) options() *flags.Set {
 	f := flags.New()
-	c.node.flags(f)
+	c.nodeFlags(f)
 	logFlag(f, &c.log)
 
 	f.Bool(&c.nul, "0", "Records end with a NUL byte instead of a newline, as from find -print0.")

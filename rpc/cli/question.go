@@ -18,7 +18,7 @@ type question struct {
 
 func (q *question) options() *flags.Set {
 	f := flags.New()
-	q.node.flags(f)
+	q.nodeFlags(f)
 	f.Duration(&q.timeout, "timeout", 5*time.Second, "How long to wait for the answer. Default 5s.")
 	f.Bool(&q.json, "json", "Print a JSON object.")
 	return f

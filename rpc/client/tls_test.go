@@ -15,7 +15,9 @@ import (
 
 	"google.golang.org/grpc/codes"
 
+	"github.com/diurnalog/diurna/agent/peer"
 	"github.com/diurnalog/diurna/agent/peer/peertest"
+	"github.com/diurnalog/diurna/rpc"
 	"github.com/diurnalog/diurna/rpc/client/clienttest"
 )
 
@@ -263,14 +265,14 @@ func TestTLSFilesChange(t *testing.T) {
 			time.Sleep(10 * time.Millisecond) // for gRPC to connect again
 		}
 	}
-	(*first).Close()
+	_ = (*first).Close()
 	eventually(ReasonTLSFailed)
 	write(after)
 	eventually("")
 	if err := os.WriteFile(files.KeyFile, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	(*conns.Load()).Close()
+	_ = (*conns.Load()).Close()
 	eventually(ReasonTLSFailed)
 	e, _ := errors.AsType[*Error](ask())
 	if e == nil || e.Metadata["cause"] != CauseFiles || !strings.Contains(e.Message, files.KeyFile) {
@@ -278,6 +280,89 @@ func TestTLSFilesChange(t *testing.T) {
 	}
 	write(after)
 	eventually("")
+	if why := c.endpoints[0].dialErr.Load(); why != nil {
+		t.Errorf("remembers %v", *why)
+	}
+}
+
+// TestStaleDialError: why an earlier connection failed does not explain how the
+// next one did.
+func TestStaleDialError(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			c.Close()
+		}
+	}()
+	defer func() { l.Close(); <-done }()
+	c := dialTLS(t, l.Addr().String(), WithRetry(0))
+	stale := errors.New("stale")
+	c.endpoints[0].dialErr.Store(&stale)
+	_, err = c.Servers(testContext(t))
+	if e, ok := errors.AsType[*Error](err); !ok || e.Reason != ReasonUnreachable || strings.Contains(e.Message, "stale") {
+		t.Error(err)
+	}
+}
+
+// TestCertificateRequired: the server's own refusal is definite, and not tried
+// again.
+func TestCertificateRequired(t *testing.T) {
+	ca := peertest.NewCA(t, "CA")
+	svc, err := rpc.New(rpc.Config{
+		Log: &memoryLog{grown: make(chan struct{})}, Cluster: oneNode{},
+		Caller: func(tls.ConnectionState) rpc.Caller { return rpc.Caller{Subject: "alice"} },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := peer.NewPort(l, peer.PortConfig{TLS: peertest.PortTLS(ca, "c", ca.Server(t, "c", "a")), Self: func() (string, string) { return "a", "c1" }})
+	served := make(chan error, 1)
+	go func() { served <- svc.Serve(port.Clients()) }()
+	defer func() {
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		_ = svc.Shutdown(ctx) // hard, so it says that ctx ended
+		if err := errors.Join(<-served, port.Close()); err != nil {
+			t.Error(err)
+		}
+	}()
+	files := TLSFiles{CAFile: peertest.WriteCA(t, t.TempDir(), ca)}
+	nobody := dialTLS(t, l.Addr().String(), WithTLS(files))
+	_, err = nobody.Produce(testContext(t), values("a"))
+	if e, ok := errors.AsType[*Error](err); !ok || e.Reason != ReasonNoCertificate || e.Code != codes.Unauthenticated || !e.Definite || e.Retryable() || e.Advice == "" {
+		t.Errorf("%#v", err)
+	}
+	p, err := nobody.NewProducer(testContext(t), ProducerOptions{})
+	if err == nil {
+		_ = p.Append(testContext(t), values("a")[0]) // Close tells
+		var outcome Outcome
+		if outcome, err = p.Close(testContext(t)); outcome.NotAppended != 1 {
+			t.Errorf("%+v", outcome)
+		}
+	}
+	if e, ok := errors.AsType[*Error](err); !ok || e.Reason != ReasonNoCertificate {
+		t.Errorf("%#v", err)
+	}
+	if serving, _, err := nobody.Health(testContext(t)); !serving || err != nil {
+		t.Errorf("%v, %v", serving, err)
+	}
+	files.CertFile, files.KeyFile = peertest.WritePair(t, t.TempDir(), "me", ca.Client(t, "c", "alice"))
+	if _, err := dialTLS(t, l.Addr().String(), WithTLS(files)).Produce(testContext(t), values("a")); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestTLSElsewhere: one node's trouble with its certificate sends the client on
