@@ -67,6 +67,7 @@ type Agent struct {
 	logger     hclog.Logger
 	listen     net.Listener
 	port       *peer.Port
+	dialer     *peer.Dialer
 	address    string // where others reach it
 	data       *dataDir
 	temp       string // data directory to remove at the end
@@ -205,7 +206,7 @@ func (a *Agent) openReplica(cfg *config.Config, opts Options, self func() (strin
 		}
 		founders = []replica.Server{{ID: a.data.nodeID(), Address: a.address, Voter: true}}
 	}
-	dialer := &peer.Dialer{
+	a.dialer = &peer.Dialer{
 		Network: opts.network, Self: self, Lookup: a.neighbours.book.Lookup, TLS: a.security.dial(), Failed: a.security.failed,
 		Check: func(conn net.Conn, remote peer.Hello) error { return a.security.sameNode(conn, remote.From) },
 	}
@@ -217,7 +218,7 @@ func (a *Agent) openReplica(cfg *config.Config, opts Options, self func() (strin
 		ClusterID:          a.data.identity().cluster,
 		OnClusterID:        a.learn,
 		Bootstrap:          founders,
-		Network:            &raftNetwork{a.port.Peers(), dialer},
+		Network:            &raftNetwork{a.port.Peers(), a.dialer},
 		SegmentSize:        cfg.Log.SegmentSize,
 		EntryBytes:         int(max(cfg.Limits.MaxBatch, 1<<20)),
 		InFlightBytes:      cfg.Limits.InFlight,
@@ -325,7 +326,7 @@ func (a *Agent) serve(cfg *config.Config, opts Options) (err error) {
 // runBeside starts what finds the other nodes and tells them about this one.
 func (a *Agent) runBeside(cfg *config.Config, opts Options) {
 	a.announce()
-	a.background.Go(func() { a.security.run(a.stopping) })
+	a.background.Go(func() { a.security.run(a.stopping, a.dialer.Reset) })
 	a.registering.Go(func() {
 		if err := a.neighbours.discovery.Run(a.registered); err != nil {
 			a.logger.Warn("could not deregister", "error", err)

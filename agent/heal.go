@@ -72,7 +72,7 @@ func awaitLeader(ctx context.Context, cfg *config.Config, opts Options, data *da
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
-	running.Go(func() { sec.run(ctx) })
+	running.Go(func() { sec.run(ctx, nil) })
 	ended := make(chan error, 1)
 	running.Go(func() { ended <- n.discovery.Run(ctx) })
 	defer func() {

@@ -61,12 +61,26 @@ func openSecurity(ctx context.Context, cfg *config.Config, opts Options, data *d
 	return s, err
 }
 
-// run keeps certificates and permissions up to date until ctx ends.
-func (s *security) run(ctx context.Context) {
+// run keeps certificates and permissions up to date until ctx ends. changed, if
+// set, is called when the certificate or whom to trust is another.
+func (s *security) run(ctx context.Context, changed func()) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	if s.identity != nil {
 		wg.Go(func() { s.identity.Run(ctx) })
+	}
+	if s.identity != nil && changed != nil {
+		wg.Go(func() {
+			for next := s.identity.Changed(); ; {
+				select {
+				case <-next:
+					next = s.identity.Changed()
+					changed()
+				case <-ctx.Done():
+					return
+				}
+			}
+		})
 	}
 	if s.policy != nil {
 		wg.Go(func() { s.policy.Run(ctx) })
@@ -150,9 +164,14 @@ func (s *security) allow(subject, action, log string) error {
 	return &rpc.DeniedError{Subject: subject, Object: log, Action: action}
 }
 
-// monitor decides who may look at the node by HTTP.
+// monitor decides who may look at the node by HTTP. As with gRPC, nodes need no
+// permission.
 func (s *security) monitor(state *tls.ConnectionState) error {
-	return s.allow(s.identity.Caller(*state).Subject, ident.ActionMonitor, rpc.DefaultLog)
+	caller := s.identity.Caller(*state)
+	if caller.Server {
+		return nil
+	}
+	return s.allow(caller.Subject, ident.ActionMonitor, rpc.DefaultLog)
 }
 
 // audited is rpc.Config.Audit.

@@ -213,6 +213,9 @@ func (s *Service) RegisterService(desc *grpc.ServiceDesc, impl any) {
 	s.grpc.RegisterService(desc, impl)
 }
 
+// Services is what the port serves, by name.
+func (s *Service) Services() map[string]grpc.ServiceInfo { return s.grpc.GetServiceInfo() }
+
 // SetServing sets what the health service answers, for the server as a whole
 // and for the Log service. It is true from New on, and false for good once
 // Shutdown has begun.

@@ -252,6 +252,14 @@ func (d *Dialer) remember(id string, r refusal) {
 	d.refused[id] = r
 }
 
+// Reset forgets all refusals, because something is different on this side, such
+// as its certificate or whom it trusts.
+func (d *Dialer) Reset() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	clear(d.refused)
+}
+
 func (d *Dialer) forget(id string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

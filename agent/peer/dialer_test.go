@@ -89,6 +89,25 @@ func TestDialRefused(t *testing.T) {
 	})
 }
 
+// TestDialReset: who was refused is asked again once something has changed here.
+func TestDialReset(t *testing.T) {
+	bubble(t, func(t *testing.T, n *peertest.Net) {
+		refuse := true
+		startPort(t, n, "a", peer.PortConfig{Check: func(net.Conn, peer.Hello) error {
+			if refuse {
+				return peer.Refuse(peer.ReasonCertificate, "an old one")
+			}
+			return nil
+		}})
+		d := newDialer(n, "b")
+		_ = expectRefusal(t, d, "n-a", "a:8400", peer.ReasonCertificate)
+		refuse = false
+		_ = expectRefusal(t, d, "n-a", "a:8400", peer.ReasonCertificate)
+		d.Reset()
+		mustDial(t, d, "n-a", "a:8400")
+	})
+}
+
 // TestDialStrangers: whatever answers is judged.
 func TestDialStrangers(t *testing.T) {
 	yes := `{"ok":true,"cluster_id":"c1","node_id":"n-a"}`
