@@ -60,6 +60,8 @@ type contender struct {
 	// start runs it with nothing in it. What it starts ends with the test, or
 	// with stop.
 	start func(b testing.TB, nodes int) (run runner, stop func())
+	// variant of the first one, of which its figures are a part.
+	variant bool
 }
 
 // runner measures one row with about so many records.
@@ -67,7 +69,8 @@ type runner func(b testing.TB, row, records int) figure
 
 // BenchmarkCluster compares three nodes and a client on this machine with the
 // same of NATS JetStream, all synced on a quorum before it is acknowledged, and
-// with what JetStream does by default, which is to sync every two minutes.
+// with what JetStream does by default, which is to sync every two minutes; and
+// with mutual TLS between all of ours, which is the price of that.
 // `make bench-cluster` builds the rival and runs it.
 //
 // Our 64 and 256 callers share a client, which has those that wait travel
@@ -78,7 +81,8 @@ type runner func(b testing.TB, row, records int) figure
 // The contenders run one after the other, each alone, and that several times
 // over; the table shows each figure's median. DIURNA_BENCH_ROUNDS,
 // DIURNA_BENCH_SECONDS (of one measurement) and DIURNA_BENCH_NODES change it,
-// DIURNA_BENCH_JSON names a file for the figures.
+// DIURNA_BENCH_OURS=1 leaves the rival out, DIURNA_BENCH_JSON names a file for
+// the figures.
 func BenchmarkCluster(b *testing.B) {
 	tools := os.Getenv("DIURNA_NATS")
 	if tools == "" {
@@ -88,9 +92,13 @@ func BenchmarkCluster(b *testing.B) {
 	seconds := vfstest.Env(b, "DIURNA_BENCH_SECONDS", 4)
 	nodes := vfstest.Env(b, "DIURNA_BENCH_NODES", 3)
 	contenders := []contender{
-		{"Diurna", startOurs},
-		{"NATS, synced", startNATS(tools, "always")},
-		{"NATS, default", startNATS(tools, "2m")},
+		{"Diurna", startOurs(false), false},
+		{"Diurna, mutual TLS", startOurs(true), true},
+		{"NATS, synced", startNATS(tools, "always"), false},
+		{"NATS, default", startNATS(tools, "2m"), false},
+	}
+	if vfstest.Env(b, "DIURNA_BENCH_OURS", 0) != 0 {
+		contenders = contenders[:2]
 	}
 	figures := make([][rowCount][]figure, len(contenders))
 	for round := range rounds {
@@ -153,6 +161,10 @@ func report(b *testing.B, contenders []contender, figures [][rowCount][]figure, 
 		_, _ = fmt.Fprintf(w, "\t%s", c.name)
 	}
 	for _, c := range contenders[1:] {
+		if c.variant {
+			_, _ = fmt.Fprintf(w, "\t%s, ratio to %s", c.name, contenders[0].name)
+			continue
+		}
 		_, _ = fmt.Fprintf(w, "\tratio to %s", c.name)
 	}
 	_, _ = fmt.Fprintln(w)
@@ -167,6 +179,9 @@ func report(b *testing.B, contenders []contender, figures [][rowCount][]figure, 
 		}
 		for _, c := range contenders[1:] {
 			ratio := r.Figures[contenders[0].name].Rate / r.Figures[c.name].Rate
+			if c.variant {
+				ratio = 1 / ratio
+			}
 			r.Ratios[c.name] = ratio
 			_, _ = fmt.Fprintf(w, "\t%.2f", ratio)
 		}
@@ -204,8 +219,8 @@ func freePorts(t testing.TB, n int) (addresses []string) {
 }
 
 // startCluster runs nodes that find each other by a list of addresses, and
-// returns the leader first.
-func startCluster(t testing.TB, n int) []*node {
+// returns the leader first. If they are secure they share a throw-away CA.
+func startCluster(t testing.TB, n int, secure bool) []*node {
 	t.Helper()
 	addresses := freePorts(t, n)
 	quoted := make([]string, n)
@@ -213,15 +228,26 @@ func startCluster(t testing.TB, n int) []*node {
 		quoted[i] = fmt.Sprintf("%q", a)
 	}
 	dir := t.TempDir()
+	security := "source = \"none\""
+	if secure {
+		security = fmt.Sprintf("source = \"dev\"\n  dev_dir = %q", filepath.Join(dir, "tls"))
+	}
 	nodes := make([]*node, n)
 	for i, a := range addresses {
 		file := filepath.Join(dir, fmt.Sprintf("node%d.hcl", i+1))
-		conf := fmt.Sprintf("data_dir = %q\nlog_json = true\nlistener {\n  rpc = %q\n  http = \"127.0.0.1:0\"\n}\ntls {\n  source = \"none\"\n}\ncluster {\n  bootstrap_expect = %d\n}\ndiscovery {\n  peers = [%s]\n}\n",
-			filepath.Join(dir, fmt.Sprintf("node%d", i+1)), a, n, strings.Join(quoted, ", "))
+		conf := fmt.Sprintf("data_dir = %q\nlog_json = true\nlistener {\n  rpc = %q\n  http = \"127.0.0.1:0\"\n}\ntls {\n  %s\n}\ncluster {\n  bootstrap_expect = %d\n}\ndiscovery {\n  peers = [%s]\n}\n",
+			filepath.Join(dir, fmt.Sprintf("node%d", i+1)), a, security, n, strings.Join(quoted, ", "))
 		if err := os.WriteFile(file, []byte(conf), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		nodes[i] = &node{process: startDiurna(t, "agent", "-config-file", file), addr: a}
+	}
+	for _, n := range nodes {
+		n.stderr.mustAwait(t, "node started")
+		if secure {
+			file := func(name string) string { return filepath.Join(dir, "tls", name) }
+			trusts.Store(n.addr, client.TLSFiles{CAFile: file("ca.pem"), CertFile: file("client.pem"), KeyFile: file("client-key.pem")})
+		}
 	}
 	c := dial(t, addresses[0])
 	var list client.ServerList
@@ -254,10 +280,13 @@ func startCluster(t testing.TB, n int) []*node {
 }
 
 // startOurs appends at the leader and reads from a follower.
-func startOurs(b testing.TB, n int) (runner, func()) {
-	nodes := startCluster(b, n)
-	leader, follower := dial(b, nodes[0].addr), dial(b, nodes[n-1].addr)
-	separate, err := client.Dial(nodes[0].addr, client.WithSeparateCalls())
+func startOurs(secure bool) func(testing.TB, int) (runner, func()) {
+	return func(b testing.TB, n int) (runner, func()) { return runOurs(b, startCluster(b, n, secure)) }
+}
+
+func runOurs(b testing.TB, nodes []*node) (runner, func()) {
+	leader, follower := dial(b, nodes[0].addr), dial(b, nodes[len(nodes)-1].addr)
+	separate, err := dialNode(nodes[0].addr, client.WithSeparateCalls())
 	if err != nil {
 		b.Fatal(err)
 	}

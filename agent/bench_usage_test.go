@@ -75,7 +75,7 @@ func memory(b testing.TB, n *node, field string) int64 {
 // started, and some time after they took 200 MiB. DIURNA_BENCH_NODES and
 // DIURNA_BENCH_SECONDS change how many and how long.
 func BenchmarkIdle(b *testing.B) {
-	nodes := startCluster(b, vfstest.Env(b, "DIURNA_BENCH_NODES", 3))
+	nodes := startCluster(b, vfstest.Env(b, "DIURNA_BENCH_NODES", 3), false)
 	seconds := vfstest.Env(b, "DIURNA_BENCH_SECONDS", 5)
 	idle := func(when string) {
 		var before []time.Duration
