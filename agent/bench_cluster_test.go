@@ -127,7 +127,7 @@ func (f figure) String() string {
 	if f.P99 > 0 {
 		s += fmt.Sprintf(" (p50 %.1f, p99 %.1f ms)", f.P50, f.P99)
 	}
-	return s + fmt.Sprintf(" %.0f µs", f.CPU)
+	return s + fmt.Sprintf(" %.2f µs", f.CPU)
 }
 
 func median(all []figure) figure {
