@@ -232,7 +232,7 @@ func (f *Fake) login(r *http.Request, mount string) (int, object) {
 		return refuse(http.StatusBadRequest, "%v", err)
 	}
 	in.SecretID, in.JWT, in.RoleID, in.Role = raw["secret_id"], raw["jwt"], raw["role_id"], raw["role"]
-	if f.faults.NoLogin || in.RoleID+in.Role == "" || in.SecretID+in.JWT != FakeSecret || (mount == "approle") != (in.JWT == "") {
+	if f.faults.NoLogin || in.RoleID+in.Role == "" || in.SecretID+in.JWT != FakeSecret || (path.Base(mount) == "approle") != (in.JWT == "") {
 		// As careless as an answer could be.
 		return refuse(http.StatusBadRequest, "invalid role or secret: %s%s", in.SecretID, in.JWT)
 	}
