@@ -409,7 +409,7 @@ func TestLogJSON(t *testing.T) {
 	writeFiles(t, root, map[string]string{"node.hcl": "log {"})
 	n.signal(t, syscall.SIGHUP)
 	n.stderr.mustAwait(t, "configuration not reloaded")
-	second := startDiurna(t, "agent", "-data-dir", dir, "-rpc-addr", "127.0.0.1:0", "-log-json")
+	second := startDiurna(t, "agent", "-dev", "-data-dir", dir, "-rpc-addr", "127.0.0.1:0", "-log-json")
 	if code := second.wait(t); code != exitUsage {
 		t.Errorf("exit %d", code)
 	}

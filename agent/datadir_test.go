@@ -427,7 +427,7 @@ func TestLogDamaged(t *testing.T) {
 			t.Fatal(err)
 		}
 		before := listing(t, root)
-		code, _, stderr := runDiurna(t, "", "agent", "-data-dir", dir, "-rpc-addr", "127.0.0.1:0")
+		code, _, stderr := runDiurna(t, "", "agent", "-dev", "-data-dir", dir, "-rpc-addr", "127.0.0.1:0")
 		if code != exitUsage || !strings.Contains(stderr, "Error: cannot start: ") || !strings.Contains(stderr, segment) || !strings.Contains(stderr, "is damaged at byte ") {
 			t.Fatalf("byte %d of %s damaged: exit %d: %s", place, segment, code, stderr)
 		}
