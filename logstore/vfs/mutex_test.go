@@ -37,11 +37,15 @@ func TestMutexInFakeTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var m Mutex
 		m.Lock()
+		begin := time.Now()
 		go func() {
 			time.Sleep(time.Hour)
 			m.Unlock()
 		}()
 		m.Lock()
+		if took := time.Since(begin); took != time.Hour {
+			t.Errorf("waited for %v", took)
+		}
 		m.Unlock()
 	})
 }
