@@ -62,6 +62,11 @@ func TestFiles(t *testing.T) {
 	if s := i.Status(); s.Serial != serialOf(first.leaf) || !s.RenewAt.IsZero() || s.Source != "files" {
 		t.Errorf("status %+v", s)
 	}
+	for range 3 {
+		if i.src.changed() {
+			t.Error("what was just read is new")
+		}
+	}
 	start(t, i)
 
 	second := ca.issue(t, nodeNames("n1"), true, time.Hour, now)

@@ -41,7 +41,7 @@ func hurried() options {
 		call: 20 * time.Second, fetch: 60 * time.Second,
 		retryFirst: 5 * time.Millisecond, retryMax: 50 * time.Millisecond, openMax: 50 * time.Millisecond,
 		trust: 20 * time.Millisecond, trustLeast: 5 * time.Millisecond,
-		poll: 5 * time.Millisecond, nag: time.Hour,
+		poll: 5 * time.Millisecond, look: time.Hour, nag: time.Hour,
 	}
 	return o
 }

@@ -24,9 +24,6 @@ func (i *Identity) Run(ctx context.Context) {
 
 // renewals renews when it is time.
 func (i *Identity) renewals(ctx context.Context) {
-	// A timer counts running time. A machine that slept, or whose clock was
-	// set, is noticed by looking now and then.
-	const look = 30 * time.Second
 	for {
 		i.mu.Lock()
 		left := i.nextTry.Sub(i.opts.now())
@@ -38,7 +35,7 @@ func (i *Identity) renewals(ctx context.Context) {
 			}
 			continue
 		}
-		t := time.NewTimer(min(left, look))
+		t := time.NewTimer(min(left, i.opts.timing.look))
 		select {
 		case <-ctx.Done():
 			t.Stop()

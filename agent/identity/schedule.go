@@ -20,6 +20,9 @@ type timing struct {
 	trust, trustLeast time.Duration
 	// poll is how often files are looked at.
 	poll time.Duration
+	// look is how often the clock is looked at: a timer counts running time, and
+	// would not notice that the machine slept, or that its clock was set.
+	look time.Duration
 	// nag is how often it is said that a certificate is about to expire.
 	nag time.Duration
 }
@@ -28,7 +31,7 @@ var usualTiming = timing{
 	call: 10 * time.Second, fetch: 30 * time.Second,
 	retryFirst: time.Second, retryMax: 5 * time.Minute, openMax: 10 * time.Second,
 	trust: 5 * time.Minute, trustLeast: 10 * time.Second,
-	poll: 2 * time.Second, nag: time.Hour,
+	poll: 2 * time.Second, look: 30 * time.Second, nag: time.Hour,
 }
 
 // renewAt is when to renew a certificate that was good since a time: after two

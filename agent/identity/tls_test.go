@@ -257,3 +257,27 @@ func TestRotation(t *testing.T) {
 		t.Errorf("%d CAs are trusted, not 2", n)
 	}
 }
+
+// TestTakenBackMeanwhile refuses whom a CA vouches for that was trusted when
+// the handshake began, and is not when it ends.
+func TestTakenBackMeanwhile(t *testing.T) {
+	ours, theirs := authorityFor(t, "ours"), authorityFor(t, "theirs")
+	m := &memory{ours.issue(t, nodeNames("n1"), true, time.Hour, time.Now()), &issuers{certs: certs(ours, theirs), complete: true, exact: true}}
+	i := of(t, m, hurried())
+	began := i.Server(ALPNRaft)
+	peer := theirs.issue(t, nodeNames("n2"), true, time.Hour, time.Now())
+	chain := tls.ConnectionState{
+		NegotiatedProtocol: ALPNRaft, PeerCertificates: []*x509.Certificate{peer.leaf},
+		VerifiedChains: [][]*x509.Certificate{{peer.leaf, theirs.cert}},
+	}
+	if err := began.VerifyConnection(chain); err != nil {
+		t.Errorf("at first: %v", err)
+	}
+	m.from = &issuers{certs: certs(ours), complete: true, exact: true}
+	if err := i.refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := began.VerifyConnection(chain); !errors.Is(err, ErrUntrusted) {
+		t.Errorf("afterwards: %v", err)
+	}
+}

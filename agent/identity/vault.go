@@ -66,6 +66,7 @@ func newVaultSource(cfg config.Vault, want names, opts options, logger hclog.Log
 	if cfg.PKIMount == "" || cfg.PKIRole == "" {
 		return nil, errors.New("vault.pki_mount and vault.pki_role have to be given")
 	}
+	v.files.mark()
 	_, err := v.base()
 	return v, err
 }

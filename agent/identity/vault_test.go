@@ -73,7 +73,13 @@ func TestVaultFails(t *testing.T) {
 			}
 			cancel()
 
-			// Later: it stays as it is, and tries again.
+			// Later: it stays as it is, and tries again, also where it was not
+			// Run that failed.
+			start(t, i)
+			for range 2 { // until Run waits for the next renewal
+				kick(i.renewKick)
+				eventually(t, "Run looks", func() bool { return len(i.renewKick) == 0 })
+			}
 			f.ForgetTokens()
 			f.Set(tc.faults)
 			before := i.Status()
@@ -85,7 +91,6 @@ func TestVaultFails(t *testing.T) {
 				noSecrets(t, err.Error(), f.Tokens)
 			}
 			noSecrets(t, l.String(), f.Tokens)
-			start(t, i)
 			s := await(t, i, "it failed again", func(s Status) bool { return s.RenewFailures > before.RenewFailures+1 })
 			if s.Serial != before.Serial || s.LastError == "" {
 				t.Errorf("status %+v", s)
