@@ -155,7 +155,7 @@ func (a *Agent) start(ctx context.Context, cfg *config.Config, opts Options) (er
 		return err
 	}
 	a.part = &part{
-		cfg: cfg, data: a.data, replica: a.replica, neighbours: a.neighbours,
+		cfg: cfg, data: a.data, replica: a.replica, neighbours: a.neighbours, security: a.security,
 		address: a.address, version: opts.Version, left: make(chan struct{}),
 	}
 	if err := a.openMetrics(); err != nil {

@@ -140,6 +140,8 @@ type serverJSON struct {
 	State          string     `json:"state,omitempty"`
 	CatalogAddress string     `json:"catalog_address,omitempty"`
 	Build          string     `json:"build,omitempty"`
+	// CertificateExpires is there only with TLS.
+	CertificateExpires *time.Time `json:"certificate_expires,omitempty"`
 }
 
 func (h *httpServer) servers(w http.ResponseWriter, r *http.Request) {
@@ -169,6 +171,10 @@ func toServerJSON(self string, n rpc.Server) serverJSON {
 	if !n.StableSince.IsZero() {
 		since := n.StableSince.UTC()
 		j.StableSince = &since
+	}
+	if !n.CertificateExpires.IsZero() {
+		expires := n.CertificateExpires.UTC()
+		j.CertificateExpires = &expires
 	}
 	// Else 0 would mean that it is not known.
 	if n.ID == self || n.HighWatermark > 0 {

@@ -20,6 +20,7 @@ type part struct {
 	data       *dataDir
 	replica    *replica.Replica
 	neighbours *neighbours
+	security   *security
 	address    string
 	version    string
 	// left is closed when the node is out of the cluster, on purpose.
@@ -113,6 +114,9 @@ func (p *part) health() (serving bool, status discovery.Status, why string) {
 		if st.DiskFull {
 			return true, discovery.Warning, "leads, but the disk is full"
 		}
+		if soon := p.security.expiresSoon(); soon != "" {
+			return true, discovery.Warning, "leads, but " + soon
+		}
 		return true, discovery.Passing, fmt.Sprintf("leads in term %d", st.Term)
 	case st.State == "Leader":
 		return false, discovery.Critical, "takes over leadership"
@@ -124,9 +128,11 @@ func (p *part) health() (serving bool, status discovery.Status, why string) {
 		return false, discovery.Warning, "receives the log, and has no vote yet"
 	case st.DiskFull:
 		return true, discovery.Warning, "follows, but the disk is full"
-	default:
-		return true, discovery.Passing, "follows " + st.LeaderID
 	}
+	if soon := p.security.expiresSoon(); soon != "" {
+		return true, discovery.Warning, "follows, but " + soon
+	}
+	return true, discovery.Passing, "follows " + st.LeaderID
 }
 
 // Status implements rpc.Peer.
@@ -148,6 +154,9 @@ func (p *part) Status(context.Context) (rpc.NodeStatus, error) {
 	}
 	if id.lives > 1 {
 		s.Expect = 0
+	}
+	if c, ok := p.security.certificate(); ok {
+		s.CertificateExpires = c.NotAfter
 	}
 	if !st.LastContact.IsZero() && st.State != "Leader" {
 		s.LastContact = time.Since(st.LastContact)
@@ -302,6 +311,7 @@ func (p *part) Servers(context.Context) (rpc.ServerList, error) {
 			server.Name, server.Version, server.State = said.Name, said.Version, said.State
 			server.Term, server.AppliedIndex = said.Term, said.AppliedIndex
 			server.FirstOffset, server.HighWatermark = said.FirstOffset, said.NextOffset
+			server.CertificateExpires = said.CertificateExpires
 			if server.LastContact < 0 && !s.Leader {
 				server.LastContact = said.LastContact
 			}

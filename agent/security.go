@@ -5,9 +5,11 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"google.golang.org/grpc/credentials"
@@ -196,6 +198,20 @@ func (s *security) certificate() (certificateStatus, bool) {
 		c.VaultUp = &st.VaultUp
 	}
 	return c, true
+}
+
+// expiresSoon says so where the certificate should have been renewed long ago:
+// less than a sixth of its life is left. Empty where all is well.
+func (s *security) expiresSoon() string {
+	c, ok := s.certificate()
+	left := time.Until(c.NotAfter)
+	switch {
+	case !ok || left >= c.NotAfter.Sub(c.NotBefore)/6:
+		return ""
+	case left <= 0:
+		return "its certificate has expired"
+	}
+	return fmt.Sprintf("its certificate expires in %v", left.Round(time.Second))
 }
 
 // stats is what there is to tell of permissions.

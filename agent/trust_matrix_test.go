@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -25,19 +26,22 @@ import (
 	"github.com/diurnalog/diurna/agent/config"
 	"github.com/diurnalog/diurna/agent/peer"
 	"github.com/diurnalog/diurna/agent/peer/peertest"
+	"github.com/diurnalog/diurna/discovery"
+	"github.com/diurnalog/diurna/rpc/client"
 	v1 "github.com/diurnalog/diurna/rpc/v1"
 )
 
 // startTrusted runs a node with certificates from files, and with a policy if
 // there is one.
-func startTrusted(t *testing.T, ca *peertest.CA, policy string) *testAgent {
+func startTrusted(t *testing.T, ca *peertest.CA, policy string, change ...func(*x509.Certificate)) *testAgent {
 	t.Helper()
+	change = append(change, func(c *x509.Certificate) { c.URIs = nil }) // nobody knew its id
 	dir := t.TempDir()
 	cfg := testConfig(t, filepath.Join(dir, "data"))
 	cfg.Cluster.Name = "c"
 	cfg.TLS.Source = config.TLSFiles
 	cfg.TLS.CAFile = peertest.WriteCA(t, dir, ca)
-	cfg.TLS.CertFile, cfg.TLS.KeyFile = peertest.WritePair(t, dir, "node", ca.Server(t, "c", "any", func(c *x509.Certificate) { c.URIs = nil }))
+	cfg.TLS.CertFile, cfg.TLS.KeyFile = peertest.WritePair(t, dir, "node", ca.Server(t, "c", "any", change...))
 	if policy != "" {
 		cfg.ACL.Enabled, cfg.ACL.PolicyFile = true, filepath.Join(dir, "policy.csv")
 		if err := os.WriteFile(cfg.ACL.PolicyFile, []byte(policy), 0o600); err != nil {
@@ -362,4 +366,25 @@ p, spiffe://c.diurna/client/fallen, *, *, deny
 	a.log.mustAwait(t, "spiffe://c.diurna/client/mallory")
 	a.log.mustAwait(t, `"@module":"audit"`)
 
+}
+
+// TestTrustExpiry: a certificate that nobody renews shows long before it hurts.
+func TestTrustExpiry(t *testing.T) {
+	ca := peertest.NewCA(t, "ours")
+	end := time.Now().Add(time.Hour).Truncate(time.Second)
+	a := startTrusted(t, ca, "", func(c *x509.Certificate) { c.NotBefore, c.NotAfter = end.Add(-10*time.Hour), end })
+	if serving, st, why := a.part.health(); !serving || st != discovery.Warning || !strings.Contains(why, "certificate expires in ") {
+		t.Errorf("health: %v, %v, %q", serving, st, why)
+	}
+	dir := t.TempDir()
+	certFile, keyFile := peertest.WritePair(t, dir, "alice", ca.Client(t, "c", "alice"))
+	trusts.Store(a.Address(), client.TLSFiles{CAFile: peertest.WriteCA(t, dir, ca), CertFile: certFile, KeyFile: keyFile})
+	list, err := dial(t, a.Address()).Servers(t.Context())
+	if err != nil || len(list.Servers) != 1 || !list.Servers[0].CertificateExpires.Equal(end) {
+		t.Errorf("%+v, %v", list, err)
+	}
+	said, err := a.part.Status(t.Context())
+	if err != nil || !said.CertificateExpires.Equal(end) {
+		t.Errorf("%+v, %v", said, err)
+	}
 }

@@ -135,4 +135,7 @@ type Server struct {
 	CatalogAddress string
 	// Build is what the node's program was built from.
 	Build string
+	// CertificateExpires is when the node's certificate does; zero where it has
+	// none, and where that is not known.
+	CertificateExpires time.Time
 }

@@ -51,4 +51,6 @@ type NodeStatus struct {
 	FirstOffset, NextOffset uint64
 	// DiskFull: the node refuses to append for want of room.
 	DiskFull bool
+	// CertificateExpires is when the node's certificate does; zero without one.
+	CertificateExpires time.Time
 }

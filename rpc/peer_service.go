@@ -5,6 +5,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "github.com/diurnalog/diurna/rpc/v1"
 )
@@ -98,6 +99,9 @@ func statusMessage(st *NodeStatus) *v1.StatusResponse {
 	if st.LastContact >= 0 {
 		m.LastContact = durationpb.New(st.LastContact)
 	}
+	if !st.CertificateExpires.IsZero() {
+		m.CertificateExpires = timestamppb.New(st.CertificateExpires)
+	}
 	return m
 }
 
@@ -125,6 +129,9 @@ func statusFromMessage(m *v1.StatusResponse) NodeStatus {
 	}
 	if m.GetLastContact() != nil {
 		st.LastContact = m.GetLastContact().AsDuration()
+	}
+	if m.GetCertificateExpires() != nil {
+		st.CertificateExpires = m.GetCertificateExpires().AsTime()
 	}
 	return st
 }

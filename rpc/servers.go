@@ -58,6 +58,9 @@ func serverMessage(n *Server) *v1.Server {
 	if !n.StableSince.IsZero() {
 		m.StableSince = timestamppb.New(n.StableSince)
 	}
+	if !n.CertificateExpires.IsZero() {
+		m.CertificateExpires = timestamppb.New(n.CertificateExpires)
+	}
 	if n.Voter {
 		m.Role = v1.Server_ROLE_VOTER
 	}

@@ -158,6 +158,8 @@ type serverJSON struct {
 	State          string     `json:"state,omitempty"`
 	CatalogAddress string     `json:"catalog_address,omitempty"`
 	Build          string     `json:"build,omitempty"`
+	// CertificateExpires is there only with TLS.
+	CertificateExpires *time.Time `json:"certificate_expires,omitempty"`
 }
 
 func toServersJSON(list client.ServerList) serversJSON {
@@ -170,6 +172,9 @@ func toServersJSON(list client.ServerList) serversJSON {
 		}
 		if !s.StableSince.IsZero() {
 			j.StableSince = &s.StableSince
+		}
+		if !s.CertificateExpires.IsZero() {
+			j.CertificateExpires = &s.CertificateExpires
 		}
 		if offsetsKnown(list, s) {
 			j.FirstOffset, j.HighWatermark = &s.FirstOffset, &s.HighWatermark

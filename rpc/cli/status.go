@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/diurnalog/diurna/rpc/client"
 )
@@ -100,6 +101,9 @@ func (c *statusCommand) askStatus(ctx context.Context, cl *client.Client) (nodeS
 	if !serving {
 		problem("the node at %s says %s", cl.Addr(), health)
 	}
+	if s := status.Self; s != nil && s.CertificateExpires != nil && time.Until(*s.CertificateExpires) <= 0 {
+		problem("the certificate of the node at %s has expired: see its log for why it was not renewed", cl.Addr())
+	}
 	switch {
 	case err != nil && !serving: // it is on its way up or down
 	case status.Self == nil && len(list.Servers) == 0:
@@ -151,6 +155,10 @@ func statusText(s nodeStatus) string {
 		} else {
 			row("Log", fmt.Sprintf("empty, the next offset is %d", next))
 		}
+	}
+	if s.Self != nil && s.Self.CertificateExpires != nil {
+		at := *s.Self.CertificateExpires
+		row("Certificate", fmt.Sprintf("until %s, %s left", at.UTC().Format(time.RFC3339), time.Until(at).Round(time.Second)))
 	}
 	_ = w.Flush()
 	return b.String()

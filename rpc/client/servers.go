@@ -40,6 +40,9 @@ type Server struct {
 	CatalogAddress string
 	// Build is what the node's program was built from.
 	Build string
+	// CertificateExpires is when the node's certificate does; zero where it has
+	// none, and where that is not known.
+	CertificateExpires time.Time
 }
 
 // ServerList is the answering node's view of the cluster.
@@ -104,6 +107,9 @@ func serverList(answeredBy string, servers []*v1.Server) ServerList {
 		})
 		if s.StableSince != nil {
 			list.Servers[len(list.Servers)-1].StableSince = s.StableSince.AsTime()
+		}
+		if s.CertificateExpires != nil {
+			list.Servers[len(list.Servers)-1].CertificateExpires = s.CertificateExpires.AsTime()
 		}
 	}
 	return list

@@ -766,9 +766,12 @@ type Server struct {
 	// where it knows nothing. Differs from address while a node moves.
 	CatalogAddress string `protobuf:"bytes,15,opt,name=catalog_address,json=catalogAddress,proto3" json:"catalog_address,omitempty"`
 	// What the node's program was built from; empty where unknown.
-	Build         string `protobuf:"bytes,16,opt,name=build,proto3" json:"build,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Build string `protobuf:"bytes,16,opt,name=build,proto3" json:"build,omitempty"`
+	// When the node's certificate expires; unset where it has none, and where
+	// unknown.
+	CertificateExpires *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=certificate_expires,json=certificateExpires,proto3" json:"certificate_expires,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Server) Reset() {
@@ -913,6 +916,13 @@ func (x *Server) GetBuild() string {
 	return ""
 }
 
+func (x *Server) GetCertificateExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CertificateExpires
+	}
+	return nil
+}
+
 var File_v1_log_proto protoreflect.FileDescriptor
 
 const file_v1_log_proto_rawDesc = "" +
@@ -969,7 +979,7 @@ const file_v1_log_proto_rawDesc = "" +
 	"\x12GetServersResponse\x12+\n" +
 	"\aservers\x18\x01 \x03(\v2\x11.diurna.v1.ServerR\aservers\x12\x1f\n" +
 	"\vanswered_by\x18\x02 \x01(\tR\n" +
-	"answeredBy\"\xe5\x04\n" +
+	"answeredBy\"\xb2\x05\n" +
 	"\x06Server\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -987,7 +997,8 @@ const file_v1_log_proto_rawDesc = "" +
 	"\fstable_since\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\vstableSince\x12\x14\n" +
 	"\x05state\x18\x0e \x01(\tR\x05state\x12'\n" +
 	"\x0fcatalog_address\x18\x0f \x01(\tR\x0ecatalogAddress\x12\x14\n" +
-	"\x05build\x18\x10 \x01(\tR\x05build\"?\n" +
+	"\x05build\x18\x10 \x01(\tR\x05build\x12K\n" +
+	"\x13certificate_expires\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\x12certificateExpires\"?\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n" +
 	"\n" +
@@ -1044,21 +1055,22 @@ var file_v1_log_proto_depIdxs = []int32{
 	0,  // 8: diurna.v1.Server.role:type_name -> diurna.v1.Server.Role
 	12, // 9: diurna.v1.Server.last_contact:type_name -> google.protobuf.Duration
 	11, // 10: diurna.v1.Server.stable_since:type_name -> google.protobuf.Timestamp
-	4,  // 11: diurna.v1.Log.Produce:input_type -> diurna.v1.ProduceRequest
-	4,  // 12: diurna.v1.Log.ProduceStream:input_type -> diurna.v1.ProduceRequest
-	6,  // 13: diurna.v1.Log.Consume:input_type -> diurna.v1.ConsumeRequest
-	6,  // 14: diurna.v1.Log.ConsumeStream:input_type -> diurna.v1.ConsumeRequest
-	8,  // 15: diurna.v1.Log.GetServers:input_type -> diurna.v1.GetServersRequest
-	5,  // 16: diurna.v1.Log.Produce:output_type -> diurna.v1.ProduceResponse
-	5,  // 17: diurna.v1.Log.ProduceStream:output_type -> diurna.v1.ProduceResponse
-	7,  // 18: diurna.v1.Log.Consume:output_type -> diurna.v1.ConsumeResponse
-	7,  // 19: diurna.v1.Log.ConsumeStream:output_type -> diurna.v1.ConsumeResponse
-	9,  // 20: diurna.v1.Log.GetServers:output_type -> diurna.v1.GetServersResponse
-	16, // [16:21] is the sub-list for method output_type
-	11, // [11:16] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	11, // 11: diurna.v1.Server.certificate_expires:type_name -> google.protobuf.Timestamp
+	4,  // 12: diurna.v1.Log.Produce:input_type -> diurna.v1.ProduceRequest
+	4,  // 13: diurna.v1.Log.ProduceStream:input_type -> diurna.v1.ProduceRequest
+	6,  // 14: diurna.v1.Log.Consume:input_type -> diurna.v1.ConsumeRequest
+	6,  // 15: diurna.v1.Log.ConsumeStream:input_type -> diurna.v1.ConsumeRequest
+	8,  // 16: diurna.v1.Log.GetServers:input_type -> diurna.v1.GetServersRequest
+	5,  // 17: diurna.v1.Log.Produce:output_type -> diurna.v1.ProduceResponse
+	5,  // 18: diurna.v1.Log.ProduceStream:output_type -> diurna.v1.ProduceResponse
+	7,  // 19: diurna.v1.Log.Consume:output_type -> diurna.v1.ConsumeResponse
+	7,  // 20: diurna.v1.Log.ConsumeStream:output_type -> diurna.v1.ConsumeResponse
+	9,  // 21: diurna.v1.Log.GetServers:output_type -> diurna.v1.GetServersResponse
+	17, // [17:22] is the sub-list for method output_type
+	12, // [12:17] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_v1_log_proto_init() }

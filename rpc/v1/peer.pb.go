@@ -15,6 +15,7 @@ import (
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	anypb "google.golang.org/protobuf/types/known/anypb"
 	durationpb "google.golang.org/protobuf/types/known/durationpb"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -106,9 +107,11 @@ type StatusResponse struct {
 	FirstOffset uint64 `protobuf:"varint,17,opt,name=first_offset,json=firstOffset,proto3" json:"first_offset,omitempty"`
 	NextOffset  uint64 `protobuf:"varint,18,opt,name=next_offset,json=nextOffset,proto3" json:"next_offset,omitempty"`
 	// The node refuses to append because its disk is as good as full.
-	DiskFull      bool `protobuf:"varint,19,opt,name=disk_full,json=diskFull,proto3" json:"disk_full,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	DiskFull bool `protobuf:"varint,19,opt,name=disk_full,json=diskFull,proto3" json:"disk_full,omitempty"`
+	// When the node's certificate expires; unset where it has none.
+	CertificateExpires *timestamppb.Timestamp `protobuf:"bytes,20,opt,name=certificate_expires,json=certificateExpires,proto3" json:"certificate_expires,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
@@ -272,6 +275,13 @@ func (x *StatusResponse) GetDiskFull() bool {
 		return x.DiskFull
 	}
 	return false
+}
+
+func (x *StatusResponse) GetCertificateExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CertificateExpires
+	}
+	return nil
 }
 
 // ReadIndexRequest asks the leader how far a linearizable read has to see.
@@ -611,8 +621,8 @@ var File_v1_peer_proto protoreflect.FileDescriptor
 
 const file_v1_peer_proto_rawDesc = "" +
 	"\n" +
-	"\rv1/peer.proto\x12\tdiurna.v1\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\fv1/log.proto\"\x0f\n" +
-	"\rStatusRequest\"\xc9\x04\n" +
+	"\rv1/peer.proto\x12\tdiurna.v1\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\fv1/log.proto\"\x0f\n" +
+	"\rStatusRequest\"\x96\x05\n" +
 	"\x0eStatusResponse\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -637,7 +647,8 @@ const file_v1_peer_proto_rawDesc = "" +
 	"\ffirst_offset\x18\x11 \x01(\x04R\vfirstOffset\x12\x1f\n" +
 	"\vnext_offset\x18\x12 \x01(\x04R\n" +
 	"nextOffset\x12\x1b\n" +
-	"\tdisk_full\x18\x13 \x01(\bR\bdiskFull\"1\n" +
+	"\tdisk_full\x18\x13 \x01(\bR\bdiskFull\x12K\n" +
+	"\x13certificate_expires\x18\x14 \x01(\v2\x1a.google.protobuf.TimestampR\x12certificateExpires\"1\n" +
 	"\x10ReadIndexRequest\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\")\n" +
@@ -679,35 +690,37 @@ func file_v1_peer_proto_rawDescGZIP() []byte {
 
 var file_v1_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_v1_peer_proto_goTypes = []any{
-	(*StatusRequest)(nil),       // 0: diurna.v1.StatusRequest
-	(*StatusResponse)(nil),      // 1: diurna.v1.StatusResponse
-	(*ReadIndexRequest)(nil),    // 2: diurna.v1.ReadIndexRequest
-	(*ReadIndexResponse)(nil),   // 3: diurna.v1.ReadIndexResponse
-	(*ProposeRequest)(nil),      // 4: diurna.v1.ProposeRequest
-	(*ProposeResponse)(nil),     // 5: diurna.v1.ProposeResponse
-	(*ProposeError)(nil),        // 6: diurna.v1.ProposeError
-	(*durationpb.Duration)(nil), // 7: google.protobuf.Duration
-	(*Record)(nil),              // 8: diurna.v1.Record
-	(*ProduceResponse)(nil),     // 9: diurna.v1.ProduceResponse
-	(*anypb.Any)(nil),           // 10: google.protobuf.Any
+	(*StatusRequest)(nil),         // 0: diurna.v1.StatusRequest
+	(*StatusResponse)(nil),        // 1: diurna.v1.StatusResponse
+	(*ReadIndexRequest)(nil),      // 2: diurna.v1.ReadIndexRequest
+	(*ReadIndexResponse)(nil),     // 3: diurna.v1.ReadIndexResponse
+	(*ProposeRequest)(nil),        // 4: diurna.v1.ProposeRequest
+	(*ProposeResponse)(nil),       // 5: diurna.v1.ProposeResponse
+	(*ProposeError)(nil),          // 6: diurna.v1.ProposeError
+	(*durationpb.Duration)(nil),   // 7: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
+	(*Record)(nil),                // 9: diurna.v1.Record
+	(*ProduceResponse)(nil),       // 10: diurna.v1.ProduceResponse
+	(*anypb.Any)(nil),             // 11: google.protobuf.Any
 }
 var file_v1_peer_proto_depIdxs = []int32{
 	7,  // 0: diurna.v1.StatusResponse.last_contact:type_name -> google.protobuf.Duration
-	8,  // 1: diurna.v1.ProposeRequest.records:type_name -> diurna.v1.Record
-	9,  // 2: diurna.v1.ProposeResponse.appended:type_name -> diurna.v1.ProduceResponse
-	6,  // 3: diurna.v1.ProposeResponse.error:type_name -> diurna.v1.ProposeError
-	10, // 4: diurna.v1.ProposeError.details:type_name -> google.protobuf.Any
-	0,  // 5: diurna.v1.Peer.Status:input_type -> diurna.v1.StatusRequest
-	2,  // 6: diurna.v1.Peer.ReadIndex:input_type -> diurna.v1.ReadIndexRequest
-	4,  // 7: diurna.v1.Peer.Propose:input_type -> diurna.v1.ProposeRequest
-	1,  // 8: diurna.v1.Peer.Status:output_type -> diurna.v1.StatusResponse
-	3,  // 9: diurna.v1.Peer.ReadIndex:output_type -> diurna.v1.ReadIndexResponse
-	5,  // 10: diurna.v1.Peer.Propose:output_type -> diurna.v1.ProposeResponse
-	8,  // [8:11] is the sub-list for method output_type
-	5,  // [5:8] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	8,  // 1: diurna.v1.StatusResponse.certificate_expires:type_name -> google.protobuf.Timestamp
+	9,  // 2: diurna.v1.ProposeRequest.records:type_name -> diurna.v1.Record
+	10, // 3: diurna.v1.ProposeResponse.appended:type_name -> diurna.v1.ProduceResponse
+	6,  // 4: diurna.v1.ProposeResponse.error:type_name -> diurna.v1.ProposeError
+	11, // 5: diurna.v1.ProposeError.details:type_name -> google.protobuf.Any
+	0,  // 6: diurna.v1.Peer.Status:input_type -> diurna.v1.StatusRequest
+	2,  // 7: diurna.v1.Peer.ReadIndex:input_type -> diurna.v1.ReadIndexRequest
+	4,  // 8: diurna.v1.Peer.Propose:input_type -> diurna.v1.ProposeRequest
+	1,  // 9: diurna.v1.Peer.Status:output_type -> diurna.v1.StatusResponse
+	3,  // 10: diurna.v1.Peer.ReadIndex:output_type -> diurna.v1.ReadIndexResponse
+	5,  // 11: diurna.v1.Peer.Propose:output_type -> diurna.v1.ProposeResponse
+	9,  // [9:12] is the sub-list for method output_type
+	6,  // [6:9] is the sub-list for method input_type
+	6,  // [6:6] is the sub-list for extension type_name
+	6,  // [6:6] is the sub-list for extension extendee
+	0,  // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_v1_peer_proto_init() }
