@@ -490,6 +490,12 @@ func (a *Agent) stop(ctx context.Context, doing func(string)) error {
 		err = errors.Join(err, a.rpc.Shutdown(draining))
 		cancel()
 	}
+	if a.http != nil {
+		doing("ending HTTP")
+		draining, cancel := whileDraining(ctx)
+		err = errors.Join(err, a.http.Shutdown(draining))
+		cancel()
+	}
 	doing("deregistering")
 	a.registering.Wait()
 	a.background.Wait()
@@ -502,10 +508,6 @@ func (a *Agent) stop(ctx context.Context, doing func(string)) error {
 			// The lock stays: nobody else may have these files yet.
 			return err
 		}
-	}
-	if a.http != nil {
-		doing("ending HTTP")
-		err = errors.Join(err, a.http.Shutdown(ctx))
 	}
 	if a.port != nil {
 		err = errors.Join(err, a.port.Close())

@@ -24,6 +24,9 @@ func (a *Agent) openHTTP(cfg *config.Config, opts Options) (*httpServer, error) 
 		Address: cfg.Listener.HTTP,
 		Listen:  func(address string) (net.Listener, error) { return listenHTTP(cfg, opts, address) },
 		Health: func() (ready bool, why string) {
+			if a.stopping.Err() != nil {
+				return false, "the node is stopping"
+			}
 			ready, _, why = a.part.health()
 			return ready, why
 		},
