@@ -167,6 +167,8 @@ func (v *vaultSource) call(ctx context.Context, op, token string, do func(contex
 }
 
 func (v *vaultSource) fetch(ctx context.Context) (*pair, *issuers, error) {
+	// What differs from now on is worth a try if this fails.
+	v.files.mark()
 	// Both in each case: a certificate of a new CA comes with it.
 	from, err := v.issuers(ctx)
 	var p *pair
@@ -263,4 +265,4 @@ func signedChain(secret *api.Secret) ([]*x509.Certificate, error) {
 func (v *vaultSource) scheduled() bool { return true }
 
 // changed tells that credentials have changed, if that may help.
-func (v *vaultSource) changed() bool { return v.files.changed() && v.failing.Load() }
+func (v *vaultSource) changed() bool { return v.failing.Load() && v.files.changed() }
