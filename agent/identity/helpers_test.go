@@ -188,7 +188,7 @@ func serve(t *testing.T, c *tls.Config) *server {
 			conn := tls.Server(raw, c)
 			conns.Store(conn, nil)
 			wg.Go(func() {
-				defer conn.Close() //nolint:errcheck // the test is over
+				defer conn.Close() // the test is over
 				err := conn.Handshake()
 				if seen := s.seen.Swap(nil); seen != nil && err == nil {
 					*seen <- conn
@@ -215,7 +215,7 @@ func (s *server) dial(t *testing.T, c *tls.Config) (*tls.Conn, error) {
 	d := &tls.Dialer{NetDialer: &net.Dialer{Timeout: patience}, Config: c}
 	conn, err := d.DialContext(t.Context(), "tcp", s.addr)
 	if err != nil {
-		<-s.errs
+		_ = <-s.errs // the error of this side says more
 		return nil, err
 	}
 	tc := conn.(*tls.Conn)

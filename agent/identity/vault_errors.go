@@ -34,7 +34,7 @@ func (e *VaultError) Error() string {
 	if e.Status != 0 {
 		status = fmt.Sprintf(" (status %d)", e.Status)
 	}
-	return fmt.Sprintf("Vault at %s: %s: %v%s", e.Address, e.Op, e.Err, status)
+	return fmt.Sprintf("vault at %s: %s: %v%s", e.Address, e.Op, e.Err, status)
 }
 
 func (e *VaultError) Unwrap() error { return e.Err }
@@ -106,7 +106,7 @@ func (v *vaultSource) refusal(e *VaultError, token string, resp *api.ResponseErr
 	switch {
 	case resp.StatusCode == http.StatusServiceUnavailable && strings.Contains(text, "sealed"):
 		e.Sealed = true
-		e.Err = errors.New("Vault is sealed")
+		e.Err = errors.New("it is sealed")
 	case resp.StatusCode == http.StatusBadRequest && strings.Contains(text, "HTTP request to an HTTPS server"):
 		e.Err = errors.New("it speaks TLS: vault.address has to begin with https://")
 		return permanent(e)

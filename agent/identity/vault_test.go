@@ -23,7 +23,7 @@ func TestVaultFails(t *testing.T) {
 		is     error
 		says   string // in the error
 	}{
-		"sealed":             {identitytest.Faults{Sealed: true}, nil, "Vault is sealed (status 503)"},
+		"sealed":             {identitytest.Faults{Sealed: true}, nil, "it is sealed (status 503)"},
 		"slow":               {identitytest.Faults{Hang: true}, context.DeadlineExceeded, "no answer in time"},
 		"not allowed":        {identitytest.Faults{Forbidden: true}, nil, "its policies do not allow it"},
 		"login refused":      {identitytest.Faults{NoLogin: true}, nil, "log in by approle at auth/approle/login: invalid role or secret"},
