@@ -215,7 +215,7 @@ func (s *server) dial(t *testing.T, c *tls.Config) (*tls.Conn, error) {
 	d := &tls.Dialer{NetDialer: &net.Dialer{Timeout: patience}, Config: c}
 	conn, err := d.DialContext(t.Context(), "tcp", s.addr)
 	if err != nil {
-		_ = <-s.errs // the error of this side says more
+		t.Logf("the server says: %v", <-s.errs)
 		return nil, err
 	}
 	tc := conn.(*tls.Conn)
