@@ -89,8 +89,14 @@ func (s *security) run(ctx context.Context, changed func()) {
 	}
 }
 
-// reload reads files again. What fails stays as it was.
+// reloadTimeout is how long Vault may take to renew a certificate that somebody
+// asks for.
+const reloadTimeout = 30 * time.Second
+
+// reload reads files again, and renews. What fails stays as it was.
 func (s *security) reload(ctx context.Context, logger hclog.Logger) {
+	ctx, cancel := context.WithTimeout(ctx, reloadTimeout)
+	defer cancel()
 	if s.policy != nil {
 		if err := s.policy.Reload(); err != nil {
 			logger.Error("the permissions stay as they were", "error", err)

@@ -71,7 +71,7 @@ type Identity struct {
 	mu      sync.Mutex
 	changed chan struct{} // closed at the next swap
 	status  Status
-	// nextTry is when to renew; zero is never by itself.
+	// nextTry is when to renew, by the wall's clock; zero is never by itself.
 	nextTry time.Time
 	fails   int // in a row
 	causes  causes
@@ -281,7 +281,7 @@ func (i *Identity) outcome(err error) {
 		i.status.LastError = ""
 		i.status.FromCache = false
 		i.status.Renewals++
-		i.status.LastRenewal = i.opts.now()
+		i.status.LastRenewal = i.opts.now().Round(0)
 		i.logger.Info("new certificate", "subject", i.status.Subject, "serial", i.status.Serial,
 			"expires", i.status.NotAfter, "renew_at", i.nextTry)
 		return
@@ -292,7 +292,7 @@ func (i *Identity) outcome(err error) {
 	if cur != nil {
 		left = cur.pair.leaf.NotAfter.Sub(i.opts.now())
 		if i.src.scheduled() {
-			i.nextTry = i.opts.now().Add(i.opts.timing.retryAfter(i.fails, left, i.opts.random()))
+			i.nextTry = i.opts.now().Round(0).Add(i.opts.timing.retryAfter(i.fails, left, i.opts.random()))
 		}
 	}
 	i.fails++
@@ -378,7 +378,7 @@ func (i *Identity) judge(p *pair, t *trust) {
 // renewSoon has Run renew at once.
 func (i *Identity) renewSoon() {
 	i.mu.Lock()
-	i.nextTry = i.opts.now()
+	i.nextTry = i.opts.now().Round(0)
 	i.mu.Unlock()
 	kick(i.renewKick)
 }

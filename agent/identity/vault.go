@@ -167,6 +167,8 @@ func (v *vaultSource) call(ctx context.Context, op, token string, do func(contex
 }
 
 func (v *vaultSource) fetch(ctx context.Context) (*pair, *issuers, error) {
+	// What differs from now on is worth a try if this fails.
+	v.files.mark()
 	// Both in each case: a certificate of a new CA comes with it.
 	from, err := v.issuers(ctx)
 	var p *pair
@@ -215,6 +217,7 @@ func (v *vaultSource) sign(ctx context.Context) (*pair, error) {
 	}
 	chain, err := signedChain(secret)
 	if err != nil {
+<<<<<<< HEAD
 		return nil, fmt.Errorf("the answer of Vault from %s: %w", target, err)
 	}
 	p, err := newPair(key, chain)
@@ -224,6 +227,17 @@ func (v *vaultSource) sign(ctx context.Context) (*pair, error) {
 	if lacks := v.names.missing(p.leaf); lacks != "" {
 		if lacks == v.names.common {
 			return nil, fmt.Errorf("the answer of Vault from %s: %w: it lacks the DNS name %s: does the role use the names of the request (use_csr_sans)?", target, ErrWrongRole, lacks)
+=======
+		return nil, fmt.Errorf("vault's answer from %s: %w", target, err)
+	}
+	p, err := newPair(key, chain)
+	if err != nil {
+		return nil, fmt.Errorf("vault's answer from %s: %w", target, err)
+	}
+	if lacks := v.names.missing(p.leaf); lacks != "" {
+		if lacks == v.names.common {
+			return nil, fmt.Errorf("vault's answer from %s: %w: it lacks the DNS name %s: does the role use the names of the request (use_csr_sans)?", target, ErrWrongRole, lacks)
+>>>>>>> wt-id
 		}
 		v.logger.Warn("the certificate lacks a name that was asked for", "name", lacks, "role", v.cfg.PKIRole)
 	}
@@ -263,4 +277,4 @@ func signedChain(secret *api.Secret) ([]*x509.Certificate, error) {
 func (v *vaultSource) scheduled() bool { return true }
 
 // changed tells that credentials have changed, if that may help.
-func (v *vaultSource) changed() bool { return v.files.changed() && v.failing.Load() }
+func (v *vaultSource) changed() bool { return v.failing.Load() && v.files.changed() }

@@ -34,7 +34,7 @@ func (e *VaultError) Error() string {
 	if e.Status != 0 {
 		status = fmt.Sprintf(" (status %d)", e.Status)
 	}
-	return fmt.Sprintf("Vault at %s: %s: %v%s", e.Address, e.Op, e.Err, status)
+	return fmt.Sprintf("vault at %s: %s: %v%s", e.Address, e.Op, e.Err, status)
 }
 
 func (e *VaultError) Unwrap() error { return e.Err }
