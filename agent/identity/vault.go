@@ -217,17 +217,6 @@ func (v *vaultSource) sign(ctx context.Context) (*pair, error) {
 	}
 	chain, err := signedChain(secret)
 	if err != nil {
-<<<<<<< HEAD
-		return nil, fmt.Errorf("the answer of Vault from %s: %w", target, err)
-	}
-	p, err := newPair(key, chain)
-	if err != nil {
-		return nil, fmt.Errorf("the answer of Vault from %s: %w", target, err)
-	}
-	if lacks := v.names.missing(p.leaf); lacks != "" {
-		if lacks == v.names.common {
-			return nil, fmt.Errorf("the answer of Vault from %s: %w: it lacks the DNS name %s: does the role use the names of the request (use_csr_sans)?", target, ErrWrongRole, lacks)
-=======
 		return nil, fmt.Errorf("vault's answer from %s: %w", target, err)
 	}
 	p, err := newPair(key, chain)
@@ -237,7 +226,6 @@ func (v *vaultSource) sign(ctx context.Context) (*pair, error) {
 	if lacks := v.names.missing(p.leaf); lacks != "" {
 		if lacks == v.names.common {
 			return nil, fmt.Errorf("vault's answer from %s: %w: it lacks the DNS name %s: does the role use the names of the request (use_csr_sans)?", target, ErrWrongRole, lacks)
->>>>>>> wt-id
 		}
 		v.logger.Warn("the certificate lacks a name that was asked for", "name", lacks, "role", v.cfg.PKIRole)
 	}

@@ -176,11 +176,7 @@ func (f *Fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	if f.faults.Garbage {
-<<<<<<< HEAD
-		_, _ = fmt.Fprint(w, "<html>a proxy</html>")
-=======
 		_, _ = fmt.Fprint(w, "<html>a proxy</html>") // its caller may have gone
->>>>>>> wt-id
 		return
 	}
 	if err := json.NewEncoder(w).Encode(answer); err != nil {
