@@ -309,7 +309,7 @@ func TestTrustForms(t *testing.T) {
 // and a reader that notice nothing.
 func TestTrustRotates(t *testing.T) {
 	t.Parallel()
-	life := time.Duration(vfstest.Env(t, "DIURNA_CERT_LIFE", 10)) * time.Second
+	life := time.Duration(vfstest.Env(t, "DIURNA_CERT_LIFE", 20)) * time.Second
 	c := prepareTrusted(t, life)
 	c.start(t)
 	l := startLoad(t, 2, c.addresses())
