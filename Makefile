@@ -48,7 +48,7 @@ run: build ## Build, then run one development node (ARGS="-data-dir ...")
 	bin/diurna agent -dev $(ARGS)
 
 .PHONY: cluster
-cluster: build ## Build, then run three nodes and a real Consul until Ctrl-C
+cluster: build ## Build, then run three nodes and a real Consul until Ctrl-C (TLS=1: with certificates)
 	@scripts/cluster.sh
 
 .PHONY: test

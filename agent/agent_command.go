@@ -1,12 +1,14 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"sync"
 	"syscall"
@@ -15,6 +17,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/diurnalog/diurna/agent/config"
+	ident "github.com/diurnalog/diurna/agent/identity"
 	"github.com/diurnalog/diurna/logstore/vfs"
 	"github.com/diurnalog/diurna/rpc/cli/flags"
 )
@@ -88,6 +91,10 @@ Examples:
   The same, with data that stays, at another port:
 
       $ diurna agent -dev -data-dir ./data -rpc-addr 127.0.0.1:9400
+
+  With certificates of a throw-away CA, also for the clients:
+
+      $ diurna agent -dev -tls
 
   With configuration files:
 
@@ -291,7 +298,7 @@ func (c *agentCommand) supervise(a *Agent, cfg *config.Config, src config.Source
 			if err != nil {
 				logger.Error("not ready", "error", err)
 			} else if cfg.Dev && !cfg.LogJSON {
-				c.banner(a)
+				c.banner(cfg, a)
 			}
 		case err := <-a.Failed():
 			running = false
@@ -364,11 +371,20 @@ func (c *agentCommand) reload(a *Agent, src config.Sources, logger hclog.Logger)
 	}
 }
 
-// banner is the two lines to try, for the address this node really has.
-func (c *agentCommand) banner(a *Agent) {
-	addr := ""
+// banner is the two lines to try, for the address this node really has, and
+// what goes before them where it wants certificates.
+func (c *agentCommand) banner(cfg *config.Config, a *Agent) {
+	addr, where, first := "", "", ""
 	if a.Address() != "127.0.0.1:8400" {
 		addr = " -addr " + a.Address()
 	}
-	say(c.stdout, "\nReady. In another terminal:\n\n    seq 1 100000 | %[1]s produce%[2]s\n    %[1]s consume%[2]s\n\n", c.program, addr)
+	switch cfg.TLS.Source {
+	case config.TLSNone:
+	case config.TLSDev:
+		dir := absolute(cmp.Or(cfg.TLS.DevDir, filepath.Join(a.data.path, tlsDir)))
+		first = "    " + exports(filepath.Join(dir, ident.CAFile), filepath.Join(dir, ident.DevClientFile), filepath.Join(dir, ident.DevClientKeyFile)) + "\n"
+	default:
+		where = ", with DIURNA_CACERT, DIURNA_CLIENT_CERT and\nDIURNA_CLIENT_KEY naming the files of a client"
+	}
+	say(c.stdout, "\nReady. In another terminal%[3]s:\n\n%[4]s    seq 1 100000 | %[1]s produce%[2]s\n    %[1]s consume%[2]s\n\n", c.program, addr, where, first)
 }

@@ -57,19 +57,34 @@ func (c *command) mustAddr(t testing.TB) string {
 	return find(logLines(t, text), "node started").str("address")
 }
 
-// TestDev does what somebody does who has just found this.
-func TestDev(t *testing.T) {
+// TestBanner does what somebody does who has just found this: what is printed
+// works as it is.
+func TestBanner(t *testing.T) {
+	t.Run("plaintext", func(t *testing.T) { testBanner(t, 0) })
+	t.Run("TLS", func(t *testing.T) { testBanner(t, 1, "-tls") })
+	t.Run("TLS with a folder", func(t *testing.T) {
+		t.Chdir(t.TempDir()) // where the other terminal is not
+		testBanner(t, 1, "-tls", "-tls-dir", "it's a folder")
+	})
+}
+
+func testBanner(t *testing.T, exports int, args ...string) {
 	tmp := t.TempDir()
 	t.Setenv("TMPDIR", tmp)
-	node := startDiurna(t, "agent", "-dev", "-rpc-addr", "127.0.0.1:0")
+	node := startDiurna(t, append([]string{"agent", "-dev", "-rpc-addr", "127.0.0.1:0", "-http-addr", "127.0.0.1:0"}, args...)...)
 	banner := node.stdout.mustAwait(t, "consume")
 	lines := regexp.MustCompile(`(?m)^    (.*)$`).FindAllStringSubmatch(banner, -1)
-	if !strings.Contains(banner, "Ready.") || len(lines) != 2 {
+	if !strings.Contains(banner, "Ready.") || len(lines) != exports+2 {
 		t.Fatalf("the banner is %q", banner)
+	}
+	setup := ""
+	for ; exports > 0; exports-- {
+		setup, lines = setup+lines[0][1]+"\n", lines[1:]
 	}
 	run := func(line string) (string, string) {
 		t.Helper()
-		cmd := exec.Command("sh", "-c", line)
+		cmd := exec.Command("sh", "-c", setup+line)
+		cmd.Dir = "/"
 		var out, err bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &out, &err
 		if e := cmd.Run(); e != nil {
@@ -107,10 +122,21 @@ func TestBannerNamesTheAddress(t *testing.T) {
 	} {
 		c := newCommand()
 		c.program = "bin/diurna"
-		c.banner(&Agent{address: address})
+		c.banner(config.Dev(), &Agent{address: address})
 		if got := c.stdout.text(); !strings.Contains(got, want) {
 			t.Errorf("%s: %q", address, got)
 		}
+	}
+}
+
+// TestBannerOfOthersCertificates: whose client's files to use is not for the node
+// to know.
+func TestBannerOfOthersCertificates(t *testing.T) {
+	c, cfg := newCommand(), config.Dev()
+	cfg.TLS.Source = config.TLSFiles
+	c.banner(cfg, &Agent{address: "127.0.0.1:8400"})
+	if got := c.stdout.text(); !strings.Contains(got, "DIURNA_CLIENT_KEY naming the files of a client:\n\n    seq") {
+		t.Errorf("%q", got)
 	}
 }
 

@@ -23,18 +23,20 @@ const (
 	exitStorage = 3
 )
 
-// Commands are the verbs that run or examine a node on this machine. version
-// is what the node says it is.
+// Commands are the verbs that run or examine a node on this machine, or prepare
+// one. version is what the node says it is.
 func Commands(version string) map[string]cli.CommandFactory {
 	verb := func(c cli.Command) cli.CommandFactory {
 		return func() (cli.Command, error) { return c, nil }
 	}
 	return map[string]cli.CommandFactory{
-		"acl check":     verb(newACLCheckCommand(os.Stdout, os.Stderr)),
-		"acl lint":      verb(newACLLintCommand(os.Stdout, os.Stderr)),
-		"agent":         verb(&agentCommand{stdout: os.Stdout, stderr: os.Stderr, version: version, program: os.Args[0], signals: osSignals, exit: os.Exit, now: time.Now}),
-		"debug segment": verb(newSegmentCommand(os.Stdout, os.Stderr)),
-		"validate":      verb(&validateCommand{stdout: os.Stdout, stderr: os.Stderr}),
+		"acl check":       verb(newACLCheckCommand(os.Stdout, os.Stderr)),
+		"acl lint":        verb(newACLLintCommand(os.Stdout, os.Stderr)),
+		"agent":           verb(&agentCommand{stdout: os.Stdout, stderr: os.Stderr, version: version, program: os.Args[0], signals: osSignals, exit: os.Exit, now: time.Now}),
+		"debug segment":   verb(newSegmentCommand(os.Stdout, os.Stderr)),
+		"tls ca create":   verb(newTLSCACommand(os.Args[0], os.Stdout, os.Stderr)),
+		"tls cert create": verb(newTLSCertCommand(os.Args[0], os.Stdout, os.Stderr)),
+		"validate":        verb(&validateCommand{stdout: os.Stdout, stderr: os.Stderr}),
 	}
 }
 

@@ -33,7 +33,7 @@ const skew = time.Minute
 // which is made if it is not there. ttl is its life; nothing that it signs
 // lives longer. Files that are there are never overwritten: fs.ErrExist.
 func CreateCA(dir, cluster string, ttl time.Duration) error {
-	ca, err := newCA("Diurna CA of "+cluster, ttl, time.Now())
+	ca, err := newCA(CAName(cluster), ttl, time.Now())
 	if err != nil {
 		return err
 	}
@@ -55,6 +55,9 @@ func CreateCA(dir, cluster string, ttl time.Duration) error {
 	}
 	return nil
 }
+
+// CAName is the common name of a CA that CreateCA makes.
+func CAName(cluster string) string { return "Diurna CA of " + cluster }
 
 // ServerCert is what CreateServer is to make.
 type ServerCert struct {
@@ -106,13 +109,21 @@ func clientNames(cluster, name string) names {
 	return n
 }
 
+// CheckName tells whether certificates can be called so: clients, and files.
+func CheckName(name string) error {
+	if !clientName.MatchString(name) {
+		return fmt.Errorf("%q is no name: letters, digits, '.', '_' and '-'", name)
+	}
+	if name == "ca" {
+		return errors.New(`"ca" is the CA's own`)
+	}
+	return nil
+}
+
 func create(dir, file string, n names, server bool, ttl time.Duration) error {
 	fail := func(err error) error { return fmt.Errorf("create certificate: %w", err) }
-	if !clientName.MatchString(file) {
-		return fail(fmt.Errorf("%q is no name: letters, digits, '.', '_' and '-'", file))
-	}
-	if file == "ca" {
-		return fail(errors.New(`"ca" is the CA's own`))
+	if err := CheckName(file); err != nil {
+		return fail(err)
 	}
 	ca, err := loadCA(dir)
 	if err != nil {
