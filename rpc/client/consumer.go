@@ -108,7 +108,8 @@ type ConsumedHeader struct {
 //
 // One that follows outlives a node: when its stream breaks it goes on, at the
 // next offset, with another, for as long as WithRetry allows without one. No
-// record is left out or comes twice.
+// record is left out or comes twice. One that does not follow is tried again
+// likewise until the first answer to it.
 type Consumer struct {
 	client *Client
 	cancel context.CancelFunc
@@ -236,7 +237,9 @@ func (r *Consumer) receive(ctx context.Context) {
 				return
 			}
 			r.ended = r.ep.wrap(err, true)
-			if !r.opts.Follow || !r.resumable(r.ended) || !r.attempts.again(ctx, r.ep, r.ended) {
+			// A read that ends where the log ended when it began has to be made by one
+			// node, once that has begun to answer.
+			if r.begun && !r.opts.Follow || !r.resumable(r.ended) || !r.attempts.again(ctx, r.ep, r.ended) {
 				return
 			}
 			if e, ok := asError(r.connect(ctx)); ok {

@@ -397,3 +397,34 @@ func TestConsumerShutdown(t *testing.T) {
 		t.Errorf("got %v", r.Err())
 	}
 }
+
+// TestConsumerWaitsForALeader: a read that does not follow is tried again until
+// somebody answers it, and not after that.
+func TestConsumerWaitsForALeader(t *testing.T) {
+	s := clienttest.New()
+	s.Append(values("a", "b")...)
+	refuse := 2
+	s.OnConsume = func(*v1.ConsumeRequest) error {
+		if refuse > 0 {
+			refuse--
+			return clienttest.Failure(codes.Unavailable, "NO_LEADER", "", "")
+		}
+		return nil
+	}
+	s.Start(t)
+	r := consume(t, dialAll(t, []*clienttest.Server{s}), ConsumeOptions{Linearizable: true})
+	for _, want := range []string{"a", "b"} {
+		if !r.Next() || string(r.Record().Value) != want {
+			t.Fatalf("got %+v, %v", r.Record(), r.Err())
+		}
+	}
+	if r.Next() || r.Err() != nil || refuse != 0 {
+		t.Errorf("%v, %d refusals left", r.Err(), refuse)
+	}
+	refuse = 1
+	r = consume(t, dialAll(t, []*clienttest.Server{s}, WithRetry(0)), ConsumeOptions{Linearizable: true})
+	var e *Error
+	if r.Next() || !errors.As(r.Err(), &e) || e.Reason != ReasonNoLeader {
+		t.Errorf("got %v", r.Err())
+	}
+}
