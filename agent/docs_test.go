@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/diurnalog/diurna/agent/config"
 )
 
 // TestReasonsAreDocumented: the reasons that docs/GUARANTEES.md explains are
@@ -86,5 +88,44 @@ func TestLinks(t *testing.T) {
 				t.Errorf("%s: %v", page, err)
 			}
 		}
+	}
+}
+
+// TestConfigurationsInTheDocs: a configuration that a page shows is one that a
+// node takes. What is shown in part, and what is Consul's, is not looked at.
+func TestConfigurationsInTheDocs(t *testing.T) {
+	pages, err := filepath.Glob("../docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	block := regexp.MustCompile("(?ms)^```hcl\n(.*?)^```$")
+	whole := regexp.MustCompile(`(?m)^(data_dir\s*=|cluster \{)`)
+	tried := 0
+	for _, page := range pages {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, m := range block.FindAllStringSubmatch(string(text), -1) {
+			if !whole.MatchString(m[1]) {
+				continue
+			}
+			tried++
+			file := filepath.Join(t.TempDir(), "node.hcl")
+			if err := os.WriteFile(file, []byte(m[1]), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			// Which address of a machine is private is not the page's matter.
+			over := []config.Override{{Flag: "-data-dir", Key: "data_dir", Value: t.TempDir()}}
+			if strings.Contains(m[1], `"0.0.0.0:`) {
+				over = append(over, config.Override{Flag: "-advertise", Key: "listener.advertise", Value: "10.0.0.1:8400"})
+			}
+			if _, err := config.Load(config.Sources{Files: []string{file}, Overrides: over}); err != nil {
+				t.Errorf("%s, block %d of hcl: %v\n%s", page, i+1, err, m[1])
+			}
+		}
+	}
+	if tried < 4 {
+		t.Errorf("%d configurations were found: are they written otherwise now?", tried)
 	}
 }
