@@ -307,7 +307,7 @@ func (a *Agent) serve(cfg *config.Config, opts Options) (err error) {
 		service.Caller = a.security.caller
 	}
 	if a.security.policy != nil {
-		service.Authorize = a.security.authorize
+		service.Authorize, service.Probe = a.security.authorize, a.security.probe
 	}
 	if a.rpc, err = rpc.New(service); err != nil {
 		return err

@@ -57,7 +57,7 @@ type certificateStatus struct {
 	// Source is the kind of tls.source, Subject who the certificate is for.
 	Source, Subject, Serial string
 	NotBefore, NotAfter     time.Time
-	// Renewals counts certificates got since the start but for the first,
+	// Renewals counts certificates got since the start, the first one included,
 	// RenewFailures attempts that came to nothing.
 	Renewals, RenewFailures uint64
 	// VaultUp is whether Vault answered when it was asked last; nil where it is

@@ -169,7 +169,7 @@ var metrics = []metric{
 		ofCertificate(func(c *certificateStatus) float64 { return float64(c.NotBefore.Unix()) })},
 	{"diurna_certificate_expiry_timestamp_seconds", "When the node's certificate ends to be valid, as Unix time.", gauge, nil,
 		ofCertificate(func(c *certificateStatus) float64 { return float64(c.NotAfter.Unix()) })},
-	{"diurna_certificate_renewals_total", "Certificates that replaced an earlier one.", counter, nil,
+	{"diurna_certificate_renewals_total", "Certificates got since the start, the first one included; one from the cache is not.", counter, nil,
 		ofCertificate(func(c *certificateStatus) float64 { return float64(c.Renewals) })},
 	{"diurna_certificate_renew_failures_total", "Attempts to get a certificate that failed.", counter, nil,
 		ofCertificate(func(c *certificateStatus) float64 { return float64(c.RenewFailures) })},

@@ -165,6 +165,12 @@ func (s *security) authorize(ctx context.Context, action rpc.Action, log string)
 	return s.allow(caller.Subject, string(action), log)
 }
 
+// probe is rpc.Config.Probe.
+func (s *security) probe(ctx context.Context, action rpc.Action, log string) bool {
+	caller, _ := rpc.CallerFrom(ctx)
+	return s.policy.Would(caller.Subject, log, string(action))
+}
+
 func (s *security) allow(subject, action, log string) error {
 	if s.policy.Allow(subject, log, action) {
 		return nil

@@ -292,6 +292,15 @@ g, spiffe://c.diurna/client/ops-*, role:operator
 p, spiffe://c.diurna/client/fallen, *, *
 p, spiffe://c.diurna/client/fallen, *, *, deny
 `)
+	// Who may produce may ask who the nodes are, and has not asked to consume.
+	if got := callAs(t, a.Address(), peertest.DialTLS(ca, "c", ca.Client(t, "c", "producer")), everyCall[v1.Log_GetServers_FullMethodName]); got != admitted {
+		t.Error(got)
+	}
+	for _, d := range a.security.policy.Stats().Decisions {
+		if d.Denied > 0 || d.Allowed > 0 && d.Action != "produce" {
+			t.Errorf("counted %+v", d)
+		}
+	}
 	const open = "/grpc.health.v1.Health/"
 	log, admin := "/"+v1.Log_ServiceDesc.ServiceName+"/", "/"+v1.Admin_ServiceDesc.ServiceName+"/"
 	subjects := map[string]struct {

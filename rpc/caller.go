@@ -173,6 +173,14 @@ func (s *Service) permit(ctx context.Context, action Action, log string) error {
 // permitAny asks whether the caller may do one of these, and returns why not
 // the first.
 func (s *Service) permitAny(ctx context.Context, log string, actions ...Action) error {
+	if s.probe != nil {
+		for _, action := range actions {
+			if s.probe(ctx, action, log) {
+				return s.permit(ctx, action, log)
+			}
+		}
+		return s.permit(ctx, actions[0], log)
+	}
 	var refused error
 	for _, action := range actions {
 		err := s.permit(ctx, action, log)

@@ -65,6 +65,10 @@ type Config struct {
 	// the caller is, CallerFrom(ctx) tells. It is not asked about nodes of the
 	// cluster (Caller.Server).
 	Authorize func(ctx context.Context, action Action, log string) error
+	// Probe, if set, tells what Authorize would say, without consequences: where
+	// any of several actions will do, that one of them is denied is no denial.
+	// Default: Authorize.
+	Probe func(ctx context.Context, action Action, log string) (allowed bool)
 	// Audit, if set, is told of every call of the service Admin once it is over,
 	// also of those that were refused. It must not block.
 	Audit func(ctx context.Context, e AuditEvent)
@@ -90,6 +94,7 @@ type Service struct {
 	limits    Limits
 	known     bool // callers are known by certificates
 	authorize func(context.Context, Action, string) error
+	probe     func(context.Context, Action, string) bool
 	audit     func(context.Context, AuditEvent)
 	logger    hclog.Logger
 	version   string
@@ -140,6 +145,7 @@ func New(cfg Config) (*Service, error) {
 		limits:    limits,
 		known:     cfg.Caller != nil,
 		authorize: cfg.Authorize,
+		probe:     cfg.Probe,
 		audit:     cfg.Audit,
 		logger:    cfg.Logger,
 		version:   cfg.Version,

@@ -282,8 +282,11 @@ func (i *Identity) outcome(err error) {
 		i.status.FromCache = false
 		i.status.Renewals++
 		i.status.LastRenewal = i.opts.now().Round(0)
-		i.logger.Info("new certificate", "subject", i.status.Subject, "serial", i.status.Serial,
-			"expires", i.status.NotAfter, "renew_at", i.nextTry)
+		args := []any{"subject", i.status.Subject, "serial", i.status.Serial, "expires", i.status.NotAfter}
+		if !i.nextTry.IsZero() {
+			args = append(args, "renew_at", i.nextTry)
+		}
+		i.logger.Info("new certificate", args...)
 		return
 	}
 	i.status.RenewFailures++

@@ -177,16 +177,27 @@ func knownAction(action string) int {
 func (p *Policy) Allow(subject, object, action string) bool {
 	st := p.state.Load()
 	key := decisionKey{subject, object, action}
-	allowed, known := st.cache.get(key)
-	if !known {
-		allowed = p.decide(st, key)
-	}
+	allowed := p.decided(st, key)
 	p.count(key, allowed)
 	if !allowed {
 		p.denials.note(key, func() string { return st.explain(key).Text })
 	}
 	if p.logger.IsDebug() {
 		p.logger.Debug("decided", "subject", clean(subject), "object", clean(object), "action", clean(action), "allowed", allowed)
+	}
+	return allowed
+}
+
+// Would tells what Allow would, for somebody who wants to know and nothing else:
+// it is neither counted nor logged.
+func (p *Policy) Would(subject, object, action string) bool {
+	return p.decided(p.state.Load(), decisionKey{subject, object, action})
+}
+
+func (p *Policy) decided(st *policyState, key decisionKey) bool {
+	allowed, known := st.cache.get(key)
+	if !known {
+		allowed = p.decide(st, key)
 	}
 	return allowed
 }
