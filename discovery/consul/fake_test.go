@@ -22,6 +22,7 @@ type fake struct {
 	health func(w http.ResponseWriter, r *http.Request, index uint64)
 	// refuse, if not 0, is the status of answers about the agent.
 	refuse    atomic.Int64
+	hangs     atomic.Bool  // nothing is answered any more
 	registers atomic.Int64 // registrations made
 	drops     atomic.Int64 // deregistrations asked for
 
@@ -44,6 +45,10 @@ func newFake(t *testing.T) *fake {
 }
 
 func (f *fake) serve(w http.ResponseWriter, r *http.Request) {
+	if f.hangs.Load() {
+		f.hang(r)
+		return
+	}
 	if rest, ok := strings.CutPrefix(r.URL.Path, "/v1/health/service/"); ok && rest == "diurna" {
 		index, _ := strconv.ParseUint(r.URL.Query().Get("index"), 10, 64)
 		f.health(w, r, index)

@@ -211,9 +211,7 @@ func TestNoChangeNoWrite(t *testing.T) {
 // TestEndIsBounded has an agent that hangs, and one that is gone, at the end.
 func TestEndIsBounded(t *testing.T) {
 	for name, breakIt := range map[string]func(f *fake){
-		"hangs": func(f *fake) {
-			f.Config.Handler = http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { f.hang(r) })
-		},
+		"hangs": func(f *fake) { f.hangs.Store(true) },
 		"gone": func(f *fake) {
 			_ = f.Listener.Close()
 			f.CloseClientConnections()
