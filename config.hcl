@@ -282,9 +282,9 @@ raft {
   # so that it has stepped down when another stands for election.
   leader_lease_timeout = "1s"
 
-  # How soon an idle leader tells followers what is committed: how late their
-  # readers see the last record.
-  commit_timeout = "5ms"
+  # How soon, at the latest, an idle leader tells followers what is committed: how
+  # late their readers see the last record. Those that keep up hear at once.
+  commit_timeout = "50ms"
 
   # How often the state beside the log is written down. A restart reads again
   # what was appended since.

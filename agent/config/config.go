@@ -246,8 +246,8 @@ type Raft struct {
 	// LeaderLeaseTimeout is how long a leader that does not reach a quorum
 	// stays one.
 	LeaderLeaseTimeout time.Duration
-	// CommitTimeout is how soon an idle leader tells its followers what is
-	// committed: how far behind an idle follower's readers are.
+	// CommitTimeout is how soon, at the latest, an idle leader tells a follower
+	// what is committed. One that keeps up hears at once.
 	CommitTimeout time.Duration
 	// SnapshotInterval is how often the state beside the log is written down;
 	// a restart reads again what was appended after that.
@@ -318,7 +318,7 @@ func defaults(h host) *Config {
 			HeartbeatTimeout:   time.Second,
 			ElectionTimeout:    time.Second,
 			LeaderLeaseTimeout: time.Second,
-			CommitTimeout:      5 * time.Millisecond,
+			CommitTimeout:      50 * time.Millisecond,
 			SnapshotInterval:   5 * time.Second,
 		},
 		ShutdownTimeout: 10 * time.Second,

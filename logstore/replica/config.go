@@ -65,7 +65,8 @@ type Config struct {
 	ScrubInterval time.Duration
 
 	// Raft's clockwork. Defaults: heartbeat and election 2 s, lease 1.5 s,
-	// commit 5 ms (an idle follower's lag), snapshots every 5 to 10 s.
+	// commit 50 ms (a follower that keeps up hears at once, see pipeline), snapshots
+	// every 5 to 10 s.
 	HeartbeatTimeout   time.Duration
 	ElectionTimeout    time.Duration
 	LeaderLeaseTimeout time.Duration
@@ -116,7 +117,7 @@ func (c *Config) applyDefaultsAndValidate() error {
 	def(&c.HeartbeatTimeout, 2*time.Second)
 	def(&c.ElectionTimeout, 2*time.Second)
 	def(&c.LeaderLeaseTimeout, min(1500*time.Millisecond, c.HeartbeatTimeout))
-	def(&c.CommitTimeout, 5*time.Millisecond)
+	def(&c.CommitTimeout, 50*time.Millisecond)
 	def(&c.SnapshotInterval, 5*time.Second)
 	def(&c.ScrubInterval, 24*time.Hour)
 	if c.OnClusterID == nil {

@@ -148,6 +148,7 @@ func Open(cfg Config) (r *Replica, err error) {
 	transport := cfg.transport
 	if cfg.Network != nil {
 		r.transport = newTransport(&r.cfg)
+		r.transport.committed = &r.progress
 		opened = append(opened[1:], func() error {
 			err := half.transport.Close()
 			half.transport.wait()

@@ -81,6 +81,9 @@ type transport struct {
 	stall        time.Duration
 	dialTimeout  time.Duration
 	contacts     contacts
+	// committed is the index up to which this server knows entries to be
+	// committed; nil in tests that have no state machine.
+	committed *watermark
 
 	control, bulk *raft.NetworkTransport
 	rpcs          chan raft.RPC
@@ -438,98 +441,6 @@ func (t *transport) AppendEntries(id raft.ServerID, a raft.ServerAddress, req *r
 	}
 	return err
 }
-
-// AppendEntriesPipeline implements raft.Transport.
-func (t *transport) AppendEntriesPipeline(id raft.ServerID, a raft.ServerAddress) (raft.AppendPipeline, error) {
-	inner, err := t.bulk.AppendEntriesPipeline(id, target(id, a))
-	if err != nil {
-		return nil, err
-	}
-	p := &pipeline{AppendPipeline: inner, now: t.contacts.now, ready: make(chan raft.AppendFuture, 1), closing: make(chan struct{})}
-	t.work.Go(func() { p.run(func(last uint64) { t.contacts.note(string(id), last) }) })
-	return p, nil
-}
-
-// pipeline ends Raft's goroutine that waits for answers also when the one that
-// would tell it to end has ended itself, see watchedLog.GetLog: Raft could not
-// be shut down otherwise. And it does not repeat itself: see AppendEntries.
-type pipeline struct {
-	raft.AppendPipeline
-	now     func() time.Time
-	ready   chan raft.AppendFuture
-	once    sync.Once
-	closing chan struct{}
-
-	// The last request, as far as it is compared. Raft sends from one goroutine.
-	last said
-	at   time.Time
-}
-
-// said is what a request without entries says.
-type said struct{ term, prevIndex, prevTerm, commit uint64 }
-
-// repeatAfter is how often a pipeline says what it has said before.
-const repeatAfter = 100 * time.Millisecond
-
-// AppendEntries implements raft.AppendPipeline. A leader tells its followers
-// every Config.CommitTimeout what is committed, so that those that have nothing
-// to do learn of the last entry soon; of all these requests but the first it
-// sends only a few on, because they say the same: else an idle server would be
-// busy with them hundreds of times a second. Raft does not look at what is
-// returned for a request, and waits for no answer to one without entries. That
-// a leader lives, its heartbeats say, which go another way.
-func (p *pipeline) AppendEntries(req *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) (raft.AppendFuture, error) {
-	now := p.now()
-	last := said{req.Term, req.PrevLogEntry, req.PrevLogTerm, req.LeaderCommitIndex}
-	if len(req.Entries) == 0 && last == p.last && now.Sub(p.at) < repeatAfter {
-		return refused{}, nil
-	}
-	if len(req.Entries) > 0 {
-		last = said{} // the next one without entries is news
-	}
-	p.last, p.at = last, now
-	return p.AppendPipeline.AppendEntries(req, resp)
-}
-
-func (p *pipeline) run(heard func(last uint64)) {
-	for {
-		select {
-		case f := <-p.AppendPipeline.Consumer():
-			if f.Response().Success {
-				heard(f.Request().PrevLogEntry + uint64(len(f.Request().Entries)))
-			}
-			select {
-			case p.ready <- f:
-				continue
-			case <-p.closing:
-			}
-		case <-p.closing:
-		}
-		select {
-		case <-p.ready:
-		default:
-		}
-		p.ready <- refused{}
-		return
-	}
-}
-
-// Consumer implements raft.AppendPipeline.
-func (p *pipeline) Consumer() <-chan raft.AppendFuture { return p.ready }
-
-// Close implements raft.AppendPipeline.
-func (p *pipeline) Close() error {
-	p.once.Do(func() { close(p.closing) })
-	return p.AppendPipeline.Close()
-}
-
-// refused is an answer that ends a pipeline.
-type refused struct{ raft.AppendFuture }
-
-func (refused) Start() time.Time                      { return time.Time{} }
-func (refused) Error() error                          { return nil }
-func (refused) Request() *raft.AppendEntriesRequest   { return &raft.AppendEntriesRequest{} }
-func (refused) Response() *raft.AppendEntriesResponse { return &raft.AppendEntriesResponse{} }
 
 // RequestVote implements raft.Transport.
 func (t *transport) RequestVote(id raft.ServerID, a raft.ServerAddress, req *raft.RequestVoteRequest, resp *raft.RequestVoteResponse) error {
