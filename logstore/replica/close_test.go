@@ -287,10 +287,7 @@ func TestHungDisk(t *testing.T) {
 	clone := fs.CrashClone(vfstest.Rand(t), vfstest.None)
 	fs.SetHook(nil)
 	close(release)
-	if err := errors.Join(r.raft.Shutdown().Error(), r.stable.Close()); err != nil {
-		t.Fatal(err)
-	}
-	<-after(func() { _ = r.gens.close() })
+	<-r.abandoned
 	cfg.FS = clone
 	r = mustOpen(t, cfg)
 	defer mustClose(t, r)

@@ -56,6 +56,9 @@ type Replica struct {
 
 	closeOnce sync.Once
 	closeErr  error
+	// abandoned, made by a Close that returns ErrHangs, is closed when what that
+	// left behind has come to its end.
+	abandoned chan struct{}
 	closing   chan struct{}
 	watching  sync.WaitGroup
 
@@ -360,7 +363,9 @@ func (r *Replica) close(ctx context.Context) error {
 	if !stopped {
 		// The one goroutine that nobody waits for: the disk may come back before
 		// the process ends.
+		r.abandoned = make(chan struct{})
 		go func() {
+			defer close(r.abandoned)
 			<-ended
 			if err := finish(); err != nil {
 				r.cfg.Logger.Warn("closing the log, after its disk has come back", "error", err)
