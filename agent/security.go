@@ -149,14 +149,7 @@ func (s *security) caller(state tls.ConnectionState) rpc.Caller {
 // sameNode refuses a peer whose certificate names another node than its
 // greeting does. One that names no node, as a file's may, speaks for any.
 func (s *security) sameNode(conn net.Conn, id string) error {
-	state, ok := peer.ConnectionState(conn)
-	if s.identity == nil || !ok {
-		return nil
-	}
-	if named := s.identity.Caller(state).NodeID; named != "" && named != id {
-		return peer.Refuse(peer.ReasonCertificate, "the certificate is node %s's, the greeting says %s", named, id)
-	}
-	return nil
+	return peer.SameNode(conn, id, func(state tls.ConnectionState) string { return s.identity.Caller(state).NodeID })
 }
 
 // authorize is rpc.Config.Authorize.

@@ -37,13 +37,13 @@ func ConnectionState(conn net.Conn) (state tls.ConnectionState, ok bool) {
 
 // SameNode is for a Check: it refuses a peer whose certificate names another
 // node than id, which is what its greeting said. named returns the node id that
-// a certificate names, empty where it names none; such a one passes, as does a
-// connection without TLS. The error is a *RefusedError.
+// the verified certificate names, empty where it names none; such a one passes, as
+// does a connection without TLS. The error is a *RefusedError.
 //
 //	Check: func(conn net.Conn, hello peer.Hello) error {
 //		return peer.SameNode(conn, hello.From, nodeIDOf)
 //	}
-func SameNode(conn net.Conn, id string, named func(*x509.Certificate) string) error {
+func SameNode(conn net.Conn, id string, named func(tls.ConnectionState) string) error {
 	state, ok := ConnectionState(conn)
 	if !ok {
 		return nil
@@ -51,7 +51,7 @@ func SameNode(conn net.Conn, id string, named func(*x509.Certificate) string) er
 	if len(state.PeerCertificates) == 0 {
 		return Refuse(ReasonCertificate, "node %s has shown no certificate", id)
 	}
-	if said := named(state.PeerCertificates[0]); said != "" && said != id {
+	if said := named(state); said != "" && said != id {
 		return Refuse(ReasonCertificate, "the certificate is node %s's, the greeting says %s", said, id)
 	}
 	return nil

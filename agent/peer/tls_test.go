@@ -103,7 +103,9 @@ func TestTLSClient(t *testing.T) {
 func TestTLSPeer(t *testing.T) {
 	bubble(t, func(t *testing.T, n *peertest.Net) {
 		var checked []string
-		named := func(c *x509.Certificate) string { return strings.TrimPrefix(c.URIs[0].Path, "/server/") }
+		named := func(s tls.ConnectionState) string {
+			return strings.TrimPrefix(s.PeerCertificates[0].URIs[0].Path, "/server/")
+		}
 		s := startSecure(t, n, func(cfg *peer.PortConfig) {
 			cfg.Check = func(conn net.Conn, hello peer.Hello) error {
 				checked = append(checked, hello.From)
@@ -119,7 +121,7 @@ func TestTLSPeer(t *testing.T) {
 		}
 		for who, conn := range map[string]*peer.Conn{"n-b": p, "n-a": c} {
 			state, ok := conn.ConnectionState()
-			if !ok || state.NegotiatedProtocol != peer.ProtocolRaft || named(state.PeerCertificates[0]) != who {
+			if !ok || state.NegotiatedProtocol != peer.ProtocolRaft || named(state) != who {
 				t.Errorf("%s: %v %+v", who, ok, state)
 			}
 		}

@@ -75,7 +75,7 @@ func (p *pipeline) AppendEntries(req *raft.AppendEntriesRequest, resp *raft.Appe
 		return refused{}, nil
 	}
 	p.last, p.at = says, now
-	p.sender = raft.AppendEntriesRequest{RPCHeader: req.RPCHeader, Term: req.Term, Leader: req.Leader}
+	p.sender = raft.AppendEntriesRequest{RPCHeader: req.RPCHeader, Term: req.Term}
 	return p.AppendPipeline.AppendEntries(req, resp)
 }
 
