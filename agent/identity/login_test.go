@@ -179,7 +179,7 @@ func TestNewCredentialsAtOnce(t *testing.T) {
 // in again, without anybody needing it.
 func TestTokenIsKeptAlive(t *testing.T) {
 	f := identitytest.StartFake(t)
-	f.Lives(time.Hour, time.Hour)
+	f.Lives(24*time.Hour, time.Hour) // no certificate is due
 	cfg, _ := vaultConfig(t, f.Config())
 	opts, c := hurried(), &clock{}
 	opts.now = c.now
@@ -205,7 +205,7 @@ func TestTokenIsKeptAlive(t *testing.T) {
 	}
 
 	// A lease that has become short is the token's end: log in before it.
-	f.Lives(time.Hour, time.Minute)
+	f.Lives(24*time.Hour, time.Minute)
 	c.advance(45 * time.Minute)
 	kick(v.fresh)
 	eventually(t, "it has logged in for the third time", func() bool { return f.Count("auth/approle/login") == 3 })
