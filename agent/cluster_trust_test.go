@@ -169,7 +169,7 @@ func (c *trustedCluster) http(t testing.TB, m *member, path string) []byte {
 	return body
 }
 
-func (c *trustedCluster) clientTLS(t testing.TB) *tls.Config {
+func (c *processCluster) clientTLS(t testing.TB) *tls.Config {
 	t.Helper()
 	pair, err := tls.LoadX509KeyPair(c.files.CertFile, c.files.KeyFile)
 	if err != nil {
