@@ -78,6 +78,7 @@ type Agent struct {
 	http       *httpServer // nil: there is none
 	metrics    *prometheus.Registry
 	part       *part
+	readiness  readiness
 	members    *membership
 
 	failed  chan error // see Failed
@@ -106,6 +107,7 @@ type Agent struct {
 func Start(ctx context.Context, cfg *config.Config, opts Options) (*Agent, error) {
 	opts = opts.withDefaults()
 	a := &Agent{logger: opts.Logger, config: cfg, failed: make(chan error, 1), ready: make(chan struct{})}
+	a.readiness.stable = cfg.Raft.HeartbeatTimeout
 	a.stopping, a.halt = context.WithCancel(context.Background())
 	a.registered, a.deregister = context.WithCancel(context.Background())
 	if err := a.start(ctx, cfg, opts); err != nil {
@@ -357,6 +359,7 @@ func (a *Agent) watch(kick chan<- struct{}) {
 	for {
 		changed := a.replica.LeaderChanges()
 		serving := a.announce()
+		a.readiness.look(a.part.condition(), time.Now())
 		a.rpc.SetServing(serving && a.stopping.Err() == nil)
 		if serving {
 			a.readyOnce.Do(func() { close(a.ready) })

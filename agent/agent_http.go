@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"syscall"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
@@ -21,15 +22,9 @@ func (a *Agent) openHTTP(cfg *config.Config, opts Options) (*httpServer, error) 
 		return nil, nil
 	}
 	h := httpConfig{
-		Address: cfg.Listener.HTTP,
-		Listen:  func(address string) (net.Listener, error) { return listenHTTP(cfg, opts, address) },
-		Health: func() (ready bool, why string) {
-			if a.stopping.Err() != nil {
-				return false, "the node is stopping"
-			}
-			ready, _, why = a.part.health()
-			return ready, why
-		},
+		Address:     cfg.Listener.HTTP,
+		Listen:      func(address string) (net.Listener, error) { return listenHTTP(cfg, opts, address) },
+		Health:      a.isReady,
 		Status:      func(ctx context.Context) (rpc.NodeStatus, error) { return a.part.Status(ctx) },
 		Servers:     func(ctx context.Context) (rpc.ServerList, error) { return a.part.Servers(ctx) },
 		Advertise:   a.address,
@@ -44,6 +39,16 @@ func (a *Agent) openHTTP(cfg *config.Config, opts Options) (*httpServer, error) 
 		}
 	}
 	return newHTTP(h)
+}
+
+// isReady tells whether the node can be counted on, and why not. It is stricter
+// than what the registry and gRPC's health service are told, which only say where
+// to send calls: see readiness.
+func (a *Agent) isReady() (ready bool, why string) {
+	if a.stopping.Err() != nil {
+		return false, "the node is stopping"
+	}
+	return a.readiness.now(a.part.condition(), time.Now())
 }
 
 // listenHTTP lets a second node that is tried out on the same machine have
@@ -61,7 +66,7 @@ func (a *Agent) openMetrics() (err error) {
 	a.metrics, err = newMetrics(metricSources{
 		Status: a.part.Status,
 		Ready: func() bool {
-			ready, _, _ := a.part.health()
+			ready, _ := a.isReady()
 			return ready
 		},
 		Segments:    func() int { return a.replica.Status().Log.Segments },
