@@ -32,6 +32,9 @@ type Options struct {
 	// wherever that was noticed. Default: nothing; see Agent.Failed.
 	OnFatal func(error)
 
+	// raft is what the process's Raft tells of itself; nil where it has several.
+	raft *raftSink
+
 	// Where tests have the disk, the network or the registry fail.
 	fs       vfs.FS
 	network  peer.Network
@@ -77,6 +80,7 @@ type Agent struct {
 	rpc        *rpc.Service
 	http       *httpServer // nil: there is none
 	metrics    *prometheus.Registry
+	live       *live
 	part       *part
 	readiness  readiness
 	members    *membership
@@ -106,7 +110,7 @@ type Agent struct {
 // nothing is left behind. See Again for errors after which to try again.
 func Start(ctx context.Context, cfg *config.Config, opts Options) (*Agent, error) {
 	opts = opts.withDefaults()
-	a := &Agent{logger: opts.Logger, config: cfg, failed: make(chan error, 1), ready: make(chan struct{})}
+	a := &Agent{logger: opts.Logger, config: cfg, live: newLive(), failed: make(chan error, 1), ready: make(chan struct{})}
 	a.readiness.stable = cfg.Raft.HeartbeatTimeout
 	a.stopping, a.halt = context.WithCancel(context.Background())
 	a.registered, a.deregister = context.WithCancel(context.Background())
@@ -160,10 +164,10 @@ func (a *Agent) start(ctx context.Context, cfg *config.Config, opts Options) (er
 		cfg: cfg, data: a.data, replica: a.replica, neighbours: a.neighbours, security: a.security,
 		address: a.address, version: opts.Version, left: make(chan struct{}),
 	}
-	if err := a.openMetrics(); err != nil {
+	if err := a.serve(cfg, opts); err != nil {
 		return err
 	}
-	if err := a.serve(cfg, opts); err != nil {
+	if err := a.openMetrics(cfg, opts); err != nil {
 		return err
 	}
 	a.runBeside(cfg, opts)
@@ -242,6 +246,7 @@ func (a *Agent) openReplica(cfg *config.Config, opts Options, self func() (strin
 			Members:                 a.members.witness,
 		},
 		ScrubInterval: cfg.Log.ScrubInterval,
+		Observer:      a.live.observer(),
 		Logger:        opts.Logger.Named("raft"),
 		OnFatal:       a.fatal(opts.OnFatal),
 	})
@@ -290,7 +295,7 @@ func (a *Agent) fail(err error) {
 
 func (a *Agent) serve(cfg *config.Config, opts Options) (err error) {
 	service := rpc.Config{
-		Log:     newService(a.replica, a.part),
+		Log:     newService(a.replica, a.part, a.live.read),
 		Cluster: a.part,
 		Admin:   a.part,
 		Peer:    a.part,
@@ -304,6 +309,8 @@ func (a *Agent) serve(cfg *config.Config, opts Options) (err error) {
 		Logger:  opts.Logger.Named("rpc"),
 		Version: opts.Version,
 		Audit:   a.security.audited,
+
+		Observer: a.live,
 	}
 	if a.security.identity != nil {
 		service.Caller = a.security.caller
@@ -360,6 +367,8 @@ func (a *Agent) watch(kick chan<- struct{}) {
 		changed := a.replica.LeaderChanges()
 		serving := a.announce()
 		a.readiness.look(a.part.condition(), time.Now())
+		st := a.replica.Status()
+		a.live.led(st.LeaderID, st.Term)
 		a.rpc.SetServing(serving && a.stopping.Err() == nil)
 		if serving {
 			a.readyOnce.Do(func() { close(a.ready) })

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"net"
+	"slices"
 	"syscall"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 
 	"github.com/diurnalog/diurna/agent/config"
+	"github.com/diurnalog/diurna/logstore/replica"
 	"github.com/diurnalog/diurna/rpc"
 )
 
@@ -62,16 +64,27 @@ func listenHTTP(cfg *config.Config, opts Options, address string) (net.Listener,
 }
 
 // openMetrics makes what the HTTP endpoint shows.
-func (a *Agent) openMetrics() (err error) {
-	a.metrics, err = newMetrics(metricSources{
+func (a *Agent) openMetrics(cfg *config.Config, opts Options) (err error) {
+	sources := metricSources{
 		Status: a.part.Status,
 		Ready: func() bool {
 			ready, _ := a.isReady()
 			return ready
 		},
-		Segments:    func() int { return a.replica.Status().Log.Segments },
+		Replica: a.replica.Status,
+		Servers: a.replica.Servers,
+		Retention: func() replica.Retention {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			return retention(a.config)
+		},
+		Port:        a.rpc.Stats,
 		Certificate: a.security.certificate,
 		Policy:      a.security.stats(),
-	})
+	}
+	if cfg.Discovery.Type == config.DiscoveryConsul {
+		sources.Registry = a.neighbours.discovery.Latest
+	}
+	a.metrics, err = newMetrics(sources, slices.Concat(a.live.all, opts.raft.collectors())...)
 	return err
 }

@@ -17,10 +17,12 @@ type service struct {
 	replica *replica.Replica
 	part    *part
 	places  sync.Pool // of *[]logstore.Batch
+	// read is told what was read.
+	read func([]logstore.Batch)
 }
 
-func newService(r *replica.Replica, p *part) *service {
-	return &service{replica: r, part: p, places: sync.Pool{New: func() any { return new([]logstore.Batch) }}}
+func newService(r *replica.Replica, p *part, read func([]logstore.Batch)) *service {
+	return &service{replica: r, part: p, read: read, places: sync.Pool{New: func() any { return new([]logstore.Batch) }}}
 }
 
 // Propose implements rpc.Log.
@@ -78,6 +80,7 @@ func (s *service) ReadBatches(from uint64, buf []byte, dst []rpc.Batch) ([]rpc.B
 	if err != nil {
 		return dst, s.part.rpcError(err)
 	}
+	s.read(*places)
 	for _, b := range *places {
 		dst = append(dst, rpc.Batch{
 			BaseOffset: b.BaseOffset,

@@ -243,6 +243,9 @@ type Status struct {
 	LastContact time.Time
 	// DiskFull: records are refused for want of space.
 	DiskFull bool
+	// DiskFree is how many bytes of the disk were free when the replica looked
+	// last, which is a second ago at most unless the disk hangs.
+	DiskFree uint64
 	Log      logstore.Stats
 }
 
@@ -261,6 +264,7 @@ func (r *Replica) Status() Status {
 		LeaderAddress: string(address),
 		LastContact:   r.raft.LastContact(),
 		DiskFull:      r.space.full.Load(),
+		DiskFree:      r.space.free.Load(),
 		Log:           r.gens.Stats(),
 	}
 }

@@ -28,6 +28,8 @@ type space struct {
 	full atomic.Bool
 	// short: there was too little for a segment.
 	short atomic.Bool
+	// free is how many bytes were free when somebody looked last.
+	free atomic.Uint64
 	wake  chan struct{} // one token: the log found the disk full
 }
 
@@ -65,6 +67,7 @@ func (r *Replica) watchSpace() {
 	said := false
 	for {
 		free, err := r.cfg.FS.Free(r.cfg.Dir)
+		r.space.free.Store(free)
 		switch full := r.space.full.Load(); {
 		case err != nil:
 			r.cfg.Logger.Warn("cannot tell how much of the disk is free", "error", err)
