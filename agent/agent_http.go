@@ -32,12 +32,13 @@ func (a *Agent) openHTTP(cfg *config.Config, opts Options) (*httpServer, error) 
 		Advertise:   a.address,
 		Certificate: func() (certificateStatus, bool) { return a.security.certificate() },
 		Metrics:     prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) { return a.metrics.Gather() }),
+		Profiles:    cfg.Telemetry.PProf,
 		Logger:      opts.Logger.Named("http"),
 	}
 	if cfg.TLS.Source != config.TLSNone {
 		h.TLS = func() *tls.Config { return a.security.identity.Server() }
 		if cfg.ACL.Enabled {
-			h.Authorize = func(state *tls.ConnectionState) error { return a.security.monitor(state) }
+			h.Authorize = func(state *tls.ConnectionState, action string) error { return a.security.overHTTP(state, action) }
 		}
 	}
 	return newHTTP(h)

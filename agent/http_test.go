@@ -312,16 +312,16 @@ func TestHTTPTLS(t *testing.T) {
 	ca := newTestCA(t)
 	server := ca.server(t)
 	health, rest := []string{"/v1/health/live", "/v1/health/ready"}, []string{"/v1/status", "/v1/servers", "/v1/metrics"}
-	authorize := func(state *tls.ConnectionState) error {
+	authorize := func(state *tls.ConnectionState, action string) error {
 		subject := state.PeerCertificates[0].URIs[0].String()
-		if !strings.HasSuffix(subject, "/prometheus") {
-			return &rpc.DeniedError{Subject: subject, Object: rpc.DefaultLog, Action: "monitor"}
+		if action != "monitor" || !strings.HasSuffix(subject, "/prometheus") {
+			return &rpc.DeniedError{Subject: subject, Object: rpc.DefaultLog, Action: action}
 		}
 		return nil
 	}
 	for name, tt := range map[string]struct {
 		client    *http.Client
-		authorize func(*tls.ConnectionState) error
+		authorize func(*tls.ConnectionState, string) error
 		status    int // of what is not health
 		reason    string
 	}{
@@ -399,7 +399,7 @@ func TestHTTPConfig(t *testing.T) {
 	f := serveHTTP(t, nil)
 	good := f.cfg
 	for name, change := range map[string]func(*httpConfig){
-		"permissions without TLS": func(c *httpConfig) { c.Authorize = func(*tls.ConnectionState) error { return nil } },
+		"permissions without TLS": func(c *httpConfig) { c.Authorize = func(*tls.ConnectionState, string) error { return nil } },
 		"no health":               func(c *httpConfig) { c.Health = nil },
 		"port taken":              func(c *httpConfig) { c.Address = f.Addr() },
 	} {
