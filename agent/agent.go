@@ -39,6 +39,8 @@ type Options struct {
 	fs       vfs.FS
 	network  peer.Network
 	discover func(*config.Config) (discovery.Discovery, error)
+	// and where they have less patience with a collector of traces.
+	traceRetry time.Duration
 }
 
 func (o Options) withDefaults() Options {
@@ -50,6 +52,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.fs == nil {
 		o.fs = vfs.OS
+	}
+	if o.traceRetry == 0 {
+		o.traceRetry = traceRetry
 	}
 	if o.network == nil {
 		o.network = peer.TCP
@@ -81,6 +86,7 @@ type Agent struct {
 	http       *httpServer // nil: there is none
 	metrics    *prometheus.Registry
 	live       *live
+	tracing    *tracing // nil: nobody asked for traces
 	part       *part
 	readiness  readiness
 	members    *membership
@@ -163,6 +169,9 @@ func (a *Agent) start(ctx context.Context, cfg *config.Config, opts Options) (er
 	a.part = &part{
 		cfg: cfg, data: a.data, replica: a.replica, neighbours: a.neighbours, security: a.security,
 		address: a.address, version: opts.Version, left: make(chan struct{}),
+	}
+	if a.tracing, err = openTracing(cfg, opts, a.data.nodeID()); err != nil {
+		return err
 	}
 	if err := a.serve(cfg, opts); err != nil {
 		return err
@@ -295,7 +304,7 @@ func (a *Agent) fail(err error) {
 
 func (a *Agent) serve(cfg *config.Config, opts Options) (err error) {
 	service := rpc.Config{
-		Log:     newService(a.replica, a.part, a.live.read),
+		Log:     newService(a.replica, a.part, a.live.read, a.tracing),
 		Cluster: a.part,
 		Admin:   a.part,
 		Peer:    a.part,
@@ -311,6 +320,7 @@ func (a *Agent) serve(cfg *config.Config, opts Options) (err error) {
 		Audit:   a.security.audited,
 
 		Observer: a.live,
+		Options:  a.tracing.serverOptions(),
 	}
 	if a.security.identity != nil {
 		service.Caller = a.security.caller
@@ -508,6 +518,8 @@ func (a *Agent) stop(ctx context.Context, doing func(string)) error {
 		err = errors.Join(err, a.http.Shutdown(draining))
 		cancel()
 	}
+	doing("sending the last traces")
+	err = errors.Join(err, a.tracing.close(ctx))
 	doing("deregistering")
 	a.registering.Wait()
 	a.background.Wait()

@@ -86,6 +86,6 @@ func (a *Agent) openMetrics(cfg *config.Config, opts Options) (err error) {
 	if cfg.Discovery.Type == config.DiscoveryConsul {
 		sources.Registry = a.neighbours.discovery.Latest
 	}
-	a.metrics, err = newMetrics(sources, slices.Concat(a.live.all, opts.raft.collectors())...)
+	a.metrics, err = newMetrics(sources, slices.Concat(a.live.all, opts.raft.collectors(), a.tracing.collectors())...)
 	return err
 }

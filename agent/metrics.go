@@ -42,7 +42,7 @@ func described() []about {
 	for _, m := range raftMetrics {
 		all = append(all, m.about)
 	}
-	return all
+	return append(all, traceMetrics...)
 }
 
 // metricSources is where metrics come from that are looked at when somebody asks

@@ -196,7 +196,8 @@ func registered(t *testing.T) *prometheus.Registry {
 		raft.IncrCounter(key, 1)
 		raft.AddSample(key, 1)
 	}
-	r, err := newMetrics(fullSources(), slices.Concat(l.all, raft.collectors())...)
+	traces := &tracing{exporter: newTraceExporter(nil, "", nil)}
+	r, err := newMetrics(fullSources(), slices.Concat(l.all, raft.collectors(), traces.collectors())...)
 	if err != nil {
 		t.Fatal(err)
 	}
