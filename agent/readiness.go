@@ -98,8 +98,8 @@ func (r *readiness) verdict(c condition, now time.Time) (ready bool, why string)
 	if r.since.IsZero() || r.term != c.term {
 		r.since, r.term = now, c.term
 	}
-	if well := now.Sub(r.since); well < r.stable {
-		return false, fmt.Sprintf("%s, but only for %v; it is ready after %v", c.why, well.Round(time.Millisecond), r.stable)
+	if now.Sub(r.since) < r.stable {
+		return false, fmt.Sprintf("%s, but has not done so for %v yet", c.why, r.stable)
 	}
 	return true, c.why
 }
