@@ -171,17 +171,23 @@ func TestTraces(t *testing.T) {
 	if _, err := stream.Recv(); !errors.Is(err, io.EOF) {
 		t.Fatal(err)
 	}
+	// Our own client's calls are then of their own, and not gathered into one.
+	const ours = "4bf92f3577b34da6a3ce929d0e0e4736"
+	traced := metadata.AppendToOutgoingContext(t.Context(), "traceparent", "00-"+ours+"-"+spanID+"-01")
+	if _, err := dial(t, a.Address()).Produce(traced, []*client.Record{{}}); err != nil {
+		t.Fatal(err)
+	}
 	a.mustStop(t) // which sends what is left
 
 	if !c.nodes[a.NodeID()] || len(c.nodes) != 1 {
 		t.Errorf("spans of %v", c.nodes)
 	}
 	calls := c.spans("diurna.v1.Log/Produce")
-	if len(calls) != 2 || hex.EncodeToString(calls[0].TraceId) != traceID || hex.EncodeToString(calls[0].ParentSpanId) != spanID || len(calls[1].ParentSpanId) != 0 {
+	if len(calls) != 3 || hex.EncodeToString(calls[2].TraceId) != ours || hex.EncodeToString(calls[0].TraceId) != traceID || hex.EncodeToString(calls[0].ParentSpanId) != spanID || len(calls[1].ParentSpanId) != 0 {
 		t.Fatalf("calls: %v", calls)
 	}
 	appends := c.spans("append")
-	if len(appends) != 5 {
+	if len(appends) != 6 {
 		t.Fatalf("%d appends", len(appends))
 	}
 	first, refused := appends[0], appends[1]
@@ -196,7 +202,7 @@ func TestTraces(t *testing.T) {
 	if len(streams) != 1 {
 		t.Fatalf("streams: %v", streams)
 	}
-	for i, s := range appends[2:] {
+	for i, s := range appends[2:5] {
 		if slices.Equal(s.TraceId, streams[0].TraceId) || len(s.ParentSpanId) != 0 || len(s.Links) != 1 || !slices.Equal(s.Links[0].SpanId, streams[0].SpanId) ||
 			number(s, "diurna.base_offset") != int64(4+2*i) {
 			t.Errorf("append on a stream: %v", s)
@@ -205,7 +211,7 @@ func TestTraces(t *testing.T) {
 	if got := c.spans("diurna.v1.Log/Consume"); len(got) != 1 || hex.EncodeToString(got[0].ParentSpanId) != spanID {
 		t.Errorf("consume: %v", got)
 	}
-	if len(c.got) != 2+5+1+1 {
+	if len(c.got) != 3+6+1+1 {
 		t.Errorf("%d spans: %v", len(c.got), c.got)
 	}
 }
