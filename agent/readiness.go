@@ -13,7 +13,7 @@ import (
 // could be on too few of those that are left to go on.
 //
 // So a follower has to have applied all that the leader had committed when the
-// node looked last, a watchInterval ago at least. Under load there is always
+// node looked last, about a watchInterval ago. Under load there is always
 // something that it has not applied yet; what was there a second ago, it has.
 // And it has to have been like that for a while, without a change of leader.
 // A node that is the only voter has nobody to catch up with and to wait for.
@@ -56,7 +56,8 @@ func (r *readiness) look(c condition, now time.Time) (ready bool, why string) {
 		r.looked, r.target, r.since, r.late = time.Time{}, 0, time.Time{}, ""
 		return false, c.why
 	}
-	if !c.alone && !c.leads && now.Sub(r.looked) >= watchInterval {
+	// Looks come late, and then the next one early.
+	if !c.alone && !c.leads && now.Sub(r.looked) >= watchInterval*3/4 {
 		switch {
 		case r.target == 0:
 			// The first look only finds out how far the leader is.
