@@ -7,6 +7,7 @@ import (
 	"net/http/pprof"
 	runtimepprof "runtime/pprof"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -21,7 +22,10 @@ const longestProfile = 2 * time.Minute
 // they take more than the permission to look.
 func profiles(h *httpServer) map[string]route {
 	routes := map[string]route{
-		profilePrefix:             {admin: true, serve: pprof.Index},
+		profilePrefix: {admin: true, serve: pprof.Index},
+		// As people type it; the list's links would lead nowhere from there.
+		strings.TrimSuffix(profilePrefix, "/"): {admin: true, serve: http.RedirectHandler(profilePrefix, http.StatusFound).ServeHTTP},
+
 		profilePrefix + "cmdline": {admin: true, serve: pprof.Cmdline},
 		profilePrefix + "profile": {admin: true, serve: h.timed(pprof.Profile)},
 		profilePrefix + "symbol":  {admin: true, serve: pprof.Symbol},

@@ -15,6 +15,7 @@ func TestProfiles(t *testing.T) {
 	f := serveHTTP(t, func(c *httpConfig) { c.Profiles = true })
 	for path, want := range map[string]string{
 		"/debug/pprof/":                         "full goroutine stack dump",
+		"/debug/pprof":                          "full goroutine stack dump",
 		"/debug/pprof/heap?debug=1":             "heap profile",
 		"/debug/pprof/goroutine?debug=2":        "TestProfiles",
 		"/debug/pprof/cmdline":                  "agent.test",
@@ -64,7 +65,7 @@ func TestProfilesTakeAdmin(t *testing.T) {
 		asked = nil
 		resp, _ := f.do(t, ca.client(t, ca, "x"), http.MethodGet, path, nil)
 		want := 200
-		if strings.HasPrefix(path, profilePrefix) {
+		if strings.HasPrefix(path, "/debug/") {
 			want = 403
 		}
 		if resp.StatusCode != want {

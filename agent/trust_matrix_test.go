@@ -338,7 +338,7 @@ p, spiffe://c.diurna/client/fallen, *, *, deny
 			for _, path := range a.http.paths() {
 				want := denied
 				switch {
-				case strings.HasPrefix(path, "/v1/health/"), s.http && !strings.HasPrefix(path, profilePrefix):
+				case strings.HasPrefix(path, "/v1/health/"), s.http && !strings.HasPrefix(path, "/debug/"):
 					want = admitted
 				case s.http && (s.may(v1.Admin_Leave_FullMethodName)):
 					want = admitted // profiles are for those who may do as they like

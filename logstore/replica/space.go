@@ -30,7 +30,7 @@ type space struct {
 	short atomic.Bool
 	// free is how many bytes were free when somebody looked last.
 	free atomic.Uint64
-	wake  chan struct{} // one token: the log found the disk full
+	wake chan struct{} // one token: the log found the disk full
 }
 
 // hit is told by the log that there was no space.
