@@ -67,7 +67,9 @@ func (r *Replica) watchSpace() {
 	said := false
 	for {
 		free, err := r.cfg.FS.Free(r.cfg.Dir)
-		r.space.free.Store(free)
+		if err == nil {
+			r.space.free.Store(free)
+		}
 		switch full := r.space.full.Load(); {
 		case err != nil:
 			r.cfg.Logger.Warn("cannot tell how much of the disk is free", "error", err)
