@@ -147,7 +147,7 @@ var nodeMetrics = []nodeMetric{
 			emit(1, s.node.NodeID, s.node.Name, s.node.Cluster, s.node.Version)
 		}
 	}},
-	{about{"diurna_ready", gauge, "0 or 1", nil, "Whether the node can be sent to: 1 or 0."}, func(s *scrape, emit emit) { emit(truth(s.ready)) }},
+	{about{"diurna_ready", gauge, "0 or 1", nil, "Whether the node can be counted on, as /v1/health/ready says: 1 or 0."}, func(s *scrape, emit emit) { emit(truth(s.ready)) }},
 
 	{about{"diurna_raft_term", gauge, "terms", nil, "The term that the node is in. It rises with every election."},
 		ofNode(func(n *rpc.NodeStatus) float64 { return float64(n.Term) })},
