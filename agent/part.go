@@ -135,6 +135,26 @@ func (p *part) health() (serving bool, status discovery.Status, why string) {
 	return true, discovery.Passing, "follows " + st.LeaderID
 }
 
+// condition is how the node is, for readiness.
+func (p *part) condition() condition {
+	serving, _, why := p.health()
+	st := p.replica.Status()
+	c := condition{
+		serving: serving, why: why, leads: st.State == "Leader" && st.Ready,
+		term: st.Term, applied: st.Applied, committed: st.Committed,
+	}
+	if servers, err := p.replica.Servers(); err == nil {
+		voters := 0
+		for _, s := range servers {
+			if s.Voter {
+				voters++
+			}
+		}
+		c.alone = voters == 1 && serving // whoever serves is a voter
+	}
+	return c
+}
+
 // Status implements rpc.Peer.
 func (p *part) Status(context.Context) (rpc.NodeStatus, error) {
 	id, st := p.data.identity(), p.replica.Status()

@@ -22,11 +22,13 @@ var (
 // unary and streaming wrap every call: admitted, counted, its panics contained,
 // its error a status.
 func (s *Service) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	ended := s.observed(info.FullMethod, false)
 	defer func() {
 		if r := recover(); r != nil {
 			resp, err = nil, s.panicked(info.FullMethod, r, debug.Stack())
 		}
 		err = statusOf(err)
+		ended(err)
 	}()
 	if err := s.admit(ctx, info.FullMethod); err != nil {
 		return nil, err
@@ -41,11 +43,13 @@ func (s *Service) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo
 }
 
 func (s *Service) streaming(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+	ended := s.observed(info.FullMethod, true)
 	defer func() {
 		if r := recover(); r != nil {
 			err = s.panicked(info.FullMethod, r, debug.Stack())
 		}
 		err = statusOf(err)
+		ended(err)
 	}()
 	if err := s.admit(stream.Context(), info.FullMethod); err != nil {
 		return statusWith(err, map[string]string{MetaRequest: "0"}) // as below

@@ -72,6 +72,8 @@ type Config struct {
 	// Audit, if set, is told of every call of the service Admin once it is over,
 	// also of those that were refused. It must not block.
 	Audit func(ctx context.Context, e AuditEvent)
+	// Observer, if set, is told of every call.
+	Observer Observer
 	// Options are further options for the gRPC server: credentials, statistics
 	// handlers, interceptors (which run inside of the Service's own). They
 	// must not replace the codec.
@@ -96,6 +98,7 @@ type Service struct {
 	authorize func(context.Context, Action, string) error
 	probe     func(context.Context, Action, string) bool
 	audit     func(context.Context, AuditEvent)
+	observer  Observer
 	logger    hclog.Logger
 	version   string
 
@@ -147,6 +150,7 @@ func New(cfg Config) (*Service, error) {
 		authorize: cfg.Authorize,
 		probe:     cfg.Probe,
 		audit:     cfg.Audit,
+		observer:  cfg.Observer,
 		logger:    cfg.Logger,
 		version:   cfg.Version,
 		health:    health.NewServer(),
