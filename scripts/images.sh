@@ -26,8 +26,8 @@ trap 'rm -rf "$temp"' EXIT
 # An image with this label is a stand-in; its value says what it was built from.
 label=org.diurna.stand-in
 
-# busybox prints the path of a static busybox.
-busybox() {
+# static_busybox prints the path of a static busybox.
+static_busybox() {
   local tools=${DIURNA_TOOLS:-$PWD/.tools} path
   if [ -n "${DIURNA_BUSYBOX:-}" ]; then
     [ -x "$DIURNA_BUSYBOX" ] || die "DIURNA_BUSYBOX names $DIURNA_BUSYBOX, which is not an executable file"
@@ -42,13 +42,10 @@ busybox() {
   if [ ! -x "$tools/bin/busybox" ]; then
     command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null ||
       die "there is no static busybox, and no apt-get to download Debian's: name one in DIURNA_BUSYBOX"
-    (
-      cd "$temp"
-      if ! apt-get download busybox-static >apt.log 2>&1; then
-        { apt-get update && apt-get download busybox-static; } >apt.log 2>&1
-      fi
-      dpkg-deb -x busybox-static_*.deb busybox >>apt.log 2>&1
-    ) || { cat "$temp/apt.log" >&2; die "Debian's busybox-static cannot be downloaded: name a static busybox in DIURNA_BUSYBOX"; }
+    # An image of Debian has no lists to start with.
+    (cd "$temp" && { apt-get download busybox-static || { apt-get update && apt-get download busybox-static; }; } &&
+      dpkg-deb -x busybox-static_*.deb busybox) >"$temp/apt.log" 2>&1 ||
+      { cat "$temp/apt.log" >&2; die "Debian's busybox-static cannot be downloaded: name a static busybox in DIURNA_BUSYBOX"; }
     mkdir -p "$tools/bin"
     cp "$temp/busybox/bin/busybox" "$tools/bin/.busybox.$$"
     mv "$tools/bin/.busybox.$$" "$tools/bin/busybox"
@@ -60,7 +57,7 @@ busybox() {
 stand_in() {
   local image=$1 name=$2 binary box inputs root
   binary=$("scripts/$name.sh")
-  box=$(busybox)
+  box=$(static_busybox)
   inputs=$(cat "$binary" "$box" "${BASH_SOURCE[0]}" | sha256sum | cut -c1-16)
   if [ "$(docker image inspect -f "{{ index .Config.Labels \"$label\" }}" "$image" 2>/dev/null || true)" = "$inputs" ]; then
     say "$image: the stand-in that is there, not the official image"
