@@ -14,21 +14,22 @@ docker info >/dev/null 2>&1 || die "there is no Docker engine that answers: dock
 "$compose" up -d
 
 echo "==> waiting for three voters" >&2
-for ((tries = 0; ; tries++)); do
+start=$SECONDS
+while true; do
   well=0
   for n in n1 n2 n3; do
     if "$compose" exec -T "$n" /bin/diurna status -json 2>/dev/null </dev/null | grep -q '"voters": 3'; then well=$((well + 1)); fi
   done
   if [ "$well" = 3 ]; then break; fi
-  if [ "$tries" -ge 60 ]; then
+  if [ $((SECONDS - start)) -ge 120 ]; then
     "$compose" ps >&2
     "$compose" logs --tail=20 >&2
-    die "the nodes were not ready in time, see above"
+    die "the nodes were not ready after two minutes, see above"
   fi
   sleep 1
 done
 
-"$compose" exec -T n1 /bin/diurna servers </dev/null
+"$compose" run --rm -T cli servers </dev/null
 cat <<'T'
 
 Ready. To try:
