@@ -253,11 +253,16 @@ func (s *stack) pick() string {
 func (s *stack) until(what string, ok func() error) {
 	s.t.Helper()
 	deadline := time.Now().Add(2 * patience)
+	why := ""
 	for {
 		err := ok()
 		if err == nil {
 			s.note("%s", what)
 			return
+		}
+		if err.Error() != why {
+			why = err.Error()
+			s.note("not yet: %s", why)
 		}
 		if time.Now().After(deadline) {
 			s.t.Fatalf("it does not happen that %s: %v", what, err)

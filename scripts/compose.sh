@@ -4,12 +4,13 @@
 #   scripts/compose.sh ps
 #   scripts/compose.sh run --rm cli servers
 #
-# It takes `docker compose` where Docker has it, else docker-compose, the one on the
-# PATH or one built into .tools.
+# It takes `docker compose` where Docker has it, else docker-compose: the one that
+# DIURNA_DOCKER_COMPOSE names, or that is on the
+# PATH, or one built into .tools.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-if docker compose version >/dev/null 2>&1; then
+if [ -z "${DIURNA_DOCKER_COMPOSE:-}" ] && docker compose version >/dev/null 2>&1; then
   compose=(docker compose)
 else
   . "$here/tool.sh"
