@@ -5,9 +5,11 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -53,7 +55,10 @@ func TestCompose(t *testing.T) {
 	s.awaitVoters()
 
 	s.note("restarting Consul and Vault, which forget everything")
-	before := s.certificates()
+	before, err := s.certificates()
+	if err != nil {
+		t.Fatal(err)
+	}
 	s.compose(nil, "restart", "consul", "vault")
 	s.compare("while Consul and Vault come back")
 	s.awaitRegistered()
@@ -61,7 +66,11 @@ func TestCompose(t *testing.T) {
 		s.compose(nil, "kill", "-s", "HUP", n) // has a node ask for a certificate
 	}
 	s.until("every node has a certificate of the new Vault", func() error {
-		for n, at := range s.certificates() {
+		now, err := s.certificates()
+		if err != nil {
+			return err
+		}
+		for n, at := range now {
 			if !at.After(before[n]) {
 				return fmt.Errorf("%s has not", n)
 			}
@@ -78,15 +87,7 @@ func TestCompose(t *testing.T) {
 	s.produce(1000)
 	s.compare("after all was down")
 
-	s.note("the example")
-	s.compose(nil, "--profile", "example", "up", "-d")
-	s.until("the consumer prints what the producer sends", func() error {
-		out := string(s.compose(nil, "logs", "consumer"))
-		if strings.Count(out, " UTC "+strconv.Itoa(time.Now().Year())) < 3 {
-			return fmt.Errorf("it printed %q", out)
-		}
-		return nil
-	})
+	s.followPage()
 }
 
 // TestComposeImages: the images of the stack are those of the versions that
@@ -115,7 +116,8 @@ var stackNodes = []string{"n1", "n2", "n3"}
 // stack is a running project of Compose.
 type stack struct {
 	t       *testing.T
-	top     string // of the repository
+	ctx     context.Context // ends in time to clean up
+	top     string          // of the repository
 	rng     *rand.Rand
 	project string
 	env     []string
@@ -140,7 +142,14 @@ func newStack(t *testing.T) *stack {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &stack{t: t, top: top, rng: rand.New(rand.NewPCG(seed, 0)), sum: sha256.New(), started: time.Now()}
+	// A test that runs out of time cleans nothing up, and engines keep what they run.
+	ctx := t.Context()
+	if end, ok := t.Deadline(); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadlineCause(ctx, end.Add(-2*patience), errors.New("little is left of the test's time (-timeout)"))
+		t.Cleanup(cancel)
+	}
+	s := &stack{t: t, ctx: ctx, top: top, rng: rand.New(rand.NewPCG(seed, 0)), sum: sha256.New(), started: time.Now()}
 	s.project = fmt.Sprintf("diurna-test-%d", os.Getpid())
 	rootfs := filepath.Join(t.TempDir(), "rootfs")
 	image := "diurna:" + s.project
@@ -181,14 +190,14 @@ func (s *stack) try(ctx context.Context, limit time.Duration, stdin io.Reader, a
 	cmd.Stdout, cmd.Stderr = &out, &text
 	err = cmd.Run()
 	if ctx.Err() != nil {
-		err = fmt.Errorf("it did not end in %s: %w", limit, err)
+		err = fmt.Errorf("it did not end in time: %w: %w", context.Cause(ctx), err)
 	}
 	return out.Bytes(), text.String(), err
 }
 
 func (s *stack) run(limit time.Duration, stdin io.Reader, args ...string) []byte {
 	s.t.Helper()
-	out, text, err := s.try(s.t.Context(), limit, stdin, args...)
+	out, text, err := s.try(s.ctx, limit, stdin, args...)
 	if err != nil {
 		s.t.Fatalf("%s: %v\n%s%s", strings.Join(args, " "), err, text, out)
 	}
@@ -202,14 +211,14 @@ func (s *stack) compose(stdin io.Reader, args ...string) []byte {
 
 // clean undoes something at the end, also after a failure.
 func (s *stack) clean(args ...string) {
-	if out, text, err := s.try(context.WithoutCancel(s.t.Context()), time.Minute, nil, args...); err != nil {
+	if out, text, err := s.try(context.WithoutCancel(s.ctx), time.Minute, nil, args...); err != nil {
 		s.t.Errorf("clean up: %s: %v\n%s%s", strings.Join(args, " "), err, text, out)
 	}
 }
 
 func (s *stack) report() {
 	for _, args := range [][]string{{"ps"}, {"logs", "--tail=60"}} {
-		out, text, err := s.try(context.WithoutCancel(s.t.Context()), time.Minute, nil, append([]string{"scripts/compose.sh"}, args...)...)
+		out, text, err := s.try(context.WithoutCancel(s.ctx), time.Minute, nil, append([]string{"scripts/compose.sh"}, args...)...)
 		s.t.Logf("%v: %v\n%s%s", args, err, text, out)
 	}
 }
@@ -225,7 +234,7 @@ func (s *stack) up() {
 		if !slices.ContainsFunc(env, func(e string) bool { return strings.HasPrefix(e, "DIURNA_NETWORK=") }) {
 			s.env = append(slices.Clone(env), fmt.Sprintf("DIURNA_NETWORK=172.31.%d", 1+s.rng.IntN(250)))
 		}
-		_, text, err = s.try(s.t.Context(), 5*time.Minute, nil, "scripts/compose.sh", "up", "-d")
+		_, text, err = s.try(s.ctx, 5*time.Minute, nil, "scripts/compose.sh", "up", "-d")
 		if err == nil {
 			return
 		}
@@ -269,8 +278,8 @@ func (s *stack) until(what string, ok func() error) {
 		}
 		select {
 		case <-time.After(200 * time.Millisecond):
-		case <-s.t.Context().Done():
-			s.t.Fatal(context.Cause(s.t.Context()))
+		case <-s.ctx.Done():
+			s.t.Fatal(context.Cause(s.ctx))
 		}
 	}
 }
@@ -287,9 +296,10 @@ type nodeSays struct {
 
 // status asks a node, in its own container.
 func (s *stack) status(node string) (says nodeSays, err error) {
-	out, text, err := s.try(s.t.Context(), time.Minute, nil, "scripts/compose.sh", "exec", "-T", node, "/bin/diurna", "status", "-json")
+	// A node that is unwell says so, and in an exit code.
+	out, text, err := s.try(s.ctx, time.Minute, nil, "scripts/compose.sh", "exec", "-T", node, "/bin/diurna", "status", "-json")
 	if jerr := json.Unmarshal(out, &says); jerr != nil {
-		return says, fmt.Errorf("%s: %v: %s%s", node, err, text, out)
+		return says, fmt.Errorf("%s: %w: %v: %s%s", node, jerr, err, text, out)
 	}
 	return says, nil
 }
@@ -313,7 +323,7 @@ func (s *stack) awaitVoters() {
 func (s *stack) awaitRegistered() {
 	s.t.Helper()
 	s.until("Consul lists three nodes", func() error {
-		out, text, err := s.try(s.t.Context(), time.Minute, nil, "scripts/compose.sh", "exec", "-T", "consul",
+		out, text, err := s.try(s.ctx, time.Minute, nil, "scripts/compose.sh", "exec", "-T", "consul",
 			"wget", "-q", "-O", "-", "http://127.0.0.1:8500/v1/health/service/diurna?passing")
 		if err != nil {
 			return fmt.Errorf("%w: %s", err, text)
@@ -330,17 +340,16 @@ func (s *stack) awaitRegistered() {
 }
 
 // certificates tells until when that of each node is good.
-func (s *stack) certificates() map[string]time.Time {
-	s.t.Helper()
+func (s *stack) certificates() (map[string]time.Time, error) {
 	list := make(map[string]time.Time)
 	for _, n := range stackNodes {
 		says, err := s.status(n)
 		if err != nil {
-			s.t.Fatal(err)
+			return nil, err
 		}
 		list[n] = says.Self.Expires
 	}
-	return list
+	return list, nil
 }
 
 // as has a client's container use a certificate.
@@ -358,25 +367,44 @@ func (s *stack) refuses(reason string, options []string, verb string) {
 	if options == nil {
 		options = []string{"-e", "DIURNA_CLIENT_CERT=", "-e", "DIURNA_CLIENT_KEY="}
 	}
-	out, text, err := s.try(s.t.Context(), time.Minute, strings.NewReader("x\n"), s.verb(options, verb)...)
+	out, text, err := s.try(s.ctx, time.Minute, strings.NewReader("x\n"), s.verb(options, verb)...)
 	if err == nil || !strings.Contains(text, reason) {
 		s.t.Errorf("%s with %v: %v, want %s\n%s%s", verb, options, err, reason, text, out)
 	}
 }
 
-// produce sends so many more records, from a new container.
+// produce sends so many more records, from a new container. It may be left not
+// knowing what became of them, when the leader goes meanwhile; then it does what
+// producers are told to: looks into the log, and sends what is not there.
 func (s *stack) produce(n int) {
 	s.t.Helper()
-	var lines bytes.Buffer
-	for range n {
-		fmt.Fprintf(&lines, "%d %016x\n", s.records, s.rng.Uint64())
-		s.records++
+	var lines []byte
+	for i := range n {
+		lines = fmt.Appendf(lines, "%d %016x\n", s.records+i, s.rng.Uint64())
 	}
-	if _, err := s.sum.Write(lines.Bytes()); err != nil {
+	rest, look := lines, false
+	s.until(fmt.Sprintf("%d records are produced", n), func() error {
+		if look {
+			there, text, err := s.try(s.ctx, 2*time.Minute, nil, s.verb(s.as("consumer"), "consume", "-linearizable", "-from", strconv.Itoa(s.records))...)
+			if err != nil {
+				return fmt.Errorf("look into the log: %w\n%s", err, text)
+			}
+			if !bytes.HasPrefix(lines, there) {
+				s.t.Fatalf("from offset %d on, there is something else than what was sent:\n%.1000s", s.records, there)
+			}
+			rest, look = lines[len(there):], false
+		}
+		_, text, err := s.try(s.ctx, 2*time.Minute, bytes.NewReader(rest), s.verb(s.as("producer"), "produce")...)
+		if err != nil {
+			look = true
+			return fmt.Errorf("%w\n%s", err, text)
+		}
+		return nil
+	})
+	if _, err := s.sum.Write(lines); err != nil {
 		s.t.Fatal(err)
 	}
-	s.run(2*time.Minute, &lines, s.verb(s.as("producer"), "produce")...)
-	s.note("produced %d records", n)
+	s.records += n
 }
 
 // compare consumes everything in a new container. That one is told nothing of
@@ -386,7 +414,7 @@ func (s *stack) compare(when string) {
 	s.t.Helper()
 	want := s.sum.Sum(nil)
 	s.until(fmt.Sprintf("all %d records are read back %s", s.records, when), func() error {
-		out, text, err := s.try(s.t.Context(), 2*time.Minute, nil, s.verb(s.as("consumer"), "consume", "-linearizable")...)
+		out, text, err := s.try(s.ctx, 2*time.Minute, nil, s.verb(s.as("consumer"), "consume", "-linearizable")...)
 		if err != nil {
 			return fmt.Errorf("%w\n%s", err, text)
 		}
@@ -394,6 +422,81 @@ func (s *stack) compare(when string) {
 			s.t.Fatalf("%s: read %d lines with sum %x, produced %d with %x", when, bytes.Count(out, []byte("\n")), got, s.records, want)
 		}
 		return nil
+	})
+}
+
+// followPage does what docs/compose.md proposes to try, with this stack's project and
+// ports. Shortly after something was taken away, some of it may take another attempt.
+func (s *stack) followPage() {
+	s.t.Helper()
+	page, err := os.ReadFile("../docs/compose.md")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	_, try, _ := strings.Cut(string(page), "## Things to try")
+	try, _, _ = strings.Cut(try, "\n## ")
+	blocks := fenced(try, "sh")
+	if len(blocks) < 6 {
+		s.t.Fatalf("docs/compose.md has %d blocks of things to try", len(blocks))
+	}
+	dir := s.t.TempDir()
+	here := strings.NewReplacer(
+		"scripts/compose.sh", filepath.Join(s.top, "scripts", "compose.sh"),
+		"bin/image/diurna", diurna(s.t),
+		"localhost:8400", s.port("n1", "8400/tcp"),
+		"localhost:8402", s.port("n1", "8402/tcp"),
+		"logs -f ", "logs ")
+	for _, block := range blocks {
+		for command := range strings.Lines(strings.ReplaceAll(block, "\\\n", "")) {
+			command = strings.TrimSpace(command)
+			if strings.HasPrefix(command, "dig ") {
+				s.resolve() // without dig, which need not be here
+				continue
+			}
+			s.until("works: "+command, func() error {
+				out, text, err := s.try(s.ctx, 2*time.Minute, nil, "bash", "-c", "set -euo pipefail; cd "+dir+"; "+here.Replace(command))
+				switch {
+				case strings.Contains(command, "producer.pem"): // it is to be refused
+					if err == nil || !strings.Contains(text, "DENIED") {
+						return fmt.Errorf("not DENIED, but %v\n%s%s", err, text, out)
+					}
+					return nil
+				case strings.Contains(command, "logs -f consumer") && strings.Count(string(out), " UTC "+strconv.Itoa(time.Now().UTC().Year())) < 3:
+					return fmt.Errorf("it shows nothing of the example: %s", out)
+				case strings.Contains(command, "tail -n 1") && string(out) != "100000\n":
+					return fmt.Errorf("it prints %q: %v\n%s", out, err, text)
+				}
+				if err != nil {
+					return fmt.Errorf("%w\n%s%s", err, text, out)
+				}
+				return nil
+			})
+		}
+	}
+}
+
+// port is where a port of a service is reached from this machine.
+func (s *stack) port(service, port string) string {
+	s.t.Helper()
+	container := strings.TrimSpace(string(s.compose(nil, "ps", "-q", service)))
+	out := s.run(time.Minute, nil, "docker", "inspect", "-f", fmt.Sprintf("{{ (index .NetworkSettings.Ports %q 0).HostPort }}", port), container)
+	return "127.0.0.1:" + strings.TrimSpace(string(out))
+}
+
+// resolve asks Consul's DNS from this machine.
+func (s *stack) resolve() {
+	s.t.Helper()
+	server := s.port("consul", "53/udp")
+	resolver := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "udp", server)
+	}}
+	s.until("Consul's DNS tells this machine where all nodes are", func() error {
+		addresses, err := resolver.LookupHost(s.ctx, "diurna.service.consul")
+		if err == nil && len(addresses) != 3 {
+			err = fmt.Errorf("it says %v", addresses)
+		}
+		return err
 	})
 }
 
