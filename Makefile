@@ -37,7 +37,7 @@ BIN   := $(TOOLS)/bin
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: build
 build: ## Build bin/diurna, one static binary
@@ -50,6 +50,23 @@ run: build ## Build, then run one development node (ARGS="-data-dir ...")
 .PHONY: cluster
 cluster: build ## Build, then run three nodes and a real Consul until Ctrl-C (TLS=1: with certificates)
 	@scripts/cluster.sh
+
+.PHONY: image
+image: ## Build the image diurna:dev, and diurna:VERSION
+	CGO_ENABLED=0 GOOS=linux $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' -o bin/image/diurna .
+	@VERSION='$(VERSION)' REVISION='$(REVISION)' scripts/image.sh bin/image/diurna $(sort diurna:dev diurna:$(VERSION))
+
+.PHONY: images
+images: ## Have the images of Consul and Vault: pull them, or build stand-ins
+	@GO='$(GO)' scripts/images.sh
+
+.PHONY: compose-up
+compose-up: image images ## Build what is needed, then run three nodes, Consul and Vault by Compose
+	@scripts/compose-up.sh
+
+.PHONY: compose-down
+compose-down: ## Stop them, and keep their data (ARGS=-v: and remove it)
+	@scripts/compose.sh --profile tools --profile example down $(ARGS)
 
 .PHONY: test
 test: vet proto-check consul vault ## Vet, check that generated code is fresh, run all tests

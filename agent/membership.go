@@ -79,7 +79,7 @@ func (m *membership) reconcile(ctx context.Context) {
 	self := m.self()
 	nodes := m.neighbours.known(self)
 	for _, s := range servers {
-		if s.ID != self.ID && !slices.ContainsFunc(nodes, func(n discovery.Node) bool { return n.Address == s.Address }) {
+		if s.ID != self.ID && s.Address != nowhere(s.ID) && !slices.ContainsFunc(nodes, func(n discovery.Node) bool { return n.Address == s.Address }) {
 			nodes = append(nodes, discovery.Node{Address: s.Address})
 		}
 	}
@@ -104,7 +104,16 @@ func (m *membership) reconcile(ctx context.Context) {
 		}
 		cancel()
 	}
+	m.settleAll(ctx, answers)
+}
+
+// settleAll does what the answers ask of the leader, one after another.
+func (m *membership) settleAll(ctx context.Context, answers []answer) {
 	for _, a := range answers {
+		servers, err := m.group.Servers() // as the one before has left them
+		if err != nil {
+			return // it is stopping
+		}
 		m.settle(ctx, a, answers, servers)
 	}
 }
@@ -158,8 +167,18 @@ func (m *membership) settle(ctx context.Context, a answer, answers []answer, ser
 		if other.Address != a.node.Address || other.ID == s.NodeID {
 			continue
 		}
-		if moved := slices.IndexFunc(answers, func(b answer) bool { return b.status.NodeID == other.ID }); moved >= 0 {
-			if !m.change(other.ID, "cannot note where a node has moved; trying again", m.group.AddNonvoter(ctx, other.ID, answers[moved].node.Address)) {
+		moved := slices.IndexFunc(answers, func(b answer) bool { return b.status.NodeID == other.ID })
+		if moved >= 0 || at >= 0 {
+			// That a member lives there now does not say that the other is no more:
+			// all may have moved, and the other not be up yet. Where they have exchanged
+			// addresses, its new one is listed too, and noting it would remove who is
+			// listed there. In both cases it is nowhere until its own turn: nobody needs
+			// Raft's addresses to reach it.
+			to := nowhere(other.ID)
+			if moved >= 0 && !slices.ContainsFunc(servers, func(v replica.Server) bool { return v.Address == answers[moved].node.Address }) {
+				to = answers[moved].node.Address
+			}
+			if !m.change(other.ID, "cannot note where a node has moved; trying again", m.group.AddNonvoter(ctx, other.ID, to)) {
 				return
 			}
 			continue
@@ -179,6 +198,9 @@ func (m *membership) settle(ctx context.Context, a answer, answers []answer, ser
 	}
 	m.change(s.NodeID, "cannot add a node; trying again", m.group.AddNonvoter(ctx, s.NodeID, a.node.Address))
 }
+
+// nowhere is an address for Raft's configuration at which nobody is.
+func nowhere(id string) string { return "moving-" + id + ".invalid:0" }
 
 // retire removes the ids that a voter had before: nobody will come back under
 // them.

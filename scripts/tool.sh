@@ -1,19 +1,20 @@
-# Sourced by consul.sh and vault.sh: how a tool of others is found or built.
+# Sourced by consul.sh, vault.sh and compose.sh: how a tool of others is found or
+# built.
 #
-#   tool NAME MODULE [BUILD FLAG...]
+#   tool NAME MODULE[:FOLDER] [BUILD FLAG...]
 #
-# prints the path of the tool NAME. One that is named by DIURNA_NAME, in capitals,
-# or lies on the PATH is used as it is; else the version that scripts/NAME/go.mod
-# pins is built into .tools/bin, once. Progress goes to stderr.
+# prints the path of the tool NAME. One that is named by DIURNA_NAME, in capitals and
+# with _ for -, or lies on the PATH is used as it is; else the version that
+# scripts/NAME/go.mod pins is built into .tools/bin, once. Progress goes to stderr.
 tool() {
-  local name=$1 module=$2
+  local name=$1 module=${2%:*} package=${2/://}
   shift 2
   local root tools go named variable version stamp
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   tools=${DIURNA_TOOLS:-$root/.tools}
   go=${GO:-go}
 
-  variable=DIURNA_$(printf %s "$name" | tr '[:lower:]' '[:upper:]')
+  variable=DIURNA_$(printf %s "$name" | tr '[:lower:]-' '[:upper:]_')
   named=${!variable:-}
   if [ -n "$named" ]; then
     if [ ! -x "$named" ]; then
@@ -39,7 +40,7 @@ tool() {
     # -mod=readonly: exactly what go.sum says, or nothing. Dots while it builds,
     # so that nobody takes it for stuck.
     (cd "$root/scripts/$name" && CGO_ENABLED=0 GOFLAGS= GOWORK=off \
-      exec "$go" build -mod=readonly -buildvcs=false "$@" -o "$new" "$module" >&2) &
+      exec "$go" build -mod=readonly -buildvcs=false "$@" -o "$new" "$package" >&2) &
     build=$!
     trap 'kill "$build" 2>/dev/null || true; rm -f "$new"' EXIT
     while kill -0 "$build" 2>/dev/null; do

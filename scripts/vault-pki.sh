@@ -1,6 +1,7 @@
-#!/usr/bin/env bash
-# Sets Vault up for Diurna: CAs, roles, policies and logins. See usage below.
-set -euo pipefail
+#!/bin/sh
+# Sets Vault up for Diurna: CAs, roles, policies and logins. See usage below. Any
+# POSIX shell will do, since Vault's own image has no bash.
+set -eu
 
 usage() {
   cat <<'U'
@@ -94,13 +95,13 @@ temp=$(mktemp -d)
 trap 'rm -rf "$temp"' EXIT
 
 v() { "$vault" "$@" >/dev/null; }
-# has GREPPATTERN COMMAND...: the answer is read whole, or the writer would die
-# of a closed pipe.
+# has GREPPATTERN COMMAND...: the answer is read whole, so that a vault that fails
+# is noticed.
 has() {
   local pattern=$1 text
   shift
   text=$("$vault" "$@") || die "vault $* failed"
-  grep -q "$pattern" <<<"$text"
+  printf '%s\n' "$text" | grep -q "$pattern"
 }
 
 engine() { # PATH MAX_TTL

@@ -69,7 +69,7 @@ func Commands(m *Meta) map[string]hcli.CommandFactory {
 		"produce": verb(&produceCommand{node: node{Meta: m}}),
 		"leave":   verb(&leaveCommand{question: question{node: node{Meta: m}}}),
 		"servers": verb(&serversCommand{question: question{node: node{Meta: m}}}),
-		"status":  verb(&statusCommand{question{node: node{Meta: m}}}),
+		"status":  verb(&statusCommand{question: question{node: node{Meta: m}}}),
 		"version": verb(&versionCommand{Meta: m}),
 
 		"operator raft list-peers":          verb(&listPeersCommand{question: question{node: node{Meta: m}}}),

@@ -323,6 +323,15 @@ func TestStatus(t *testing.T) {
 			if err := json.Unmarshal([]byte(sh.out.String()), &out); err != nil || out.Healthy != (tc.code == 0) || (out.Problem == "") != out.Healthy {
 				t.Errorf("-json: %v %s", err, sh.out.String())
 			}
+
+			want := tc.code
+			if strings.HasPrefix(tc.name, "voter") { // the others' fault
+				want = 0
+			}
+			sh = newShell(s, nil)
+			if code := sh.run("status", "-self"); code != want {
+				t.Errorf("-self: exit %d, want %d: %s", code, want, sh.err.String())
+			}
 		})
 	}
 }

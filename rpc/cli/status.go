@@ -8,12 +8,23 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/diurnalog/diurna/rpc/cli/flags"
 	"github.com/diurnalog/diurna/rpc/client"
 )
 
-type statusCommand struct{ question }
+type statusCommand struct {
+	question
+	self bool
+}
 
 func (c *statusCommand) Synopsis() string { return "Tell whether a node is healthy" }
+
+func (c *statusCommand) options() *flags.Set {
+	f := c.question.options()
+	f.Bool(&c.self, "self", "Look at the node only, not at the other voters: for a health check that "+
+		"decides whether this node is restarted, or waited for.")
+	return f
+}
 
 func (c *statusCommand) Help() string {
 	return c.options().Help("diurna status [options]", `
@@ -81,7 +92,9 @@ func (c *statusCommand) askStatus(ctx context.Context, cl *client.Client) (nodeS
 	if err != nil && (serving || !errors.As(err, &e)) {
 		return status, err
 	}
-	c.askOthers(ctx, &list)
+	if !c.self {
+		c.askOthers(ctx, &list)
+	}
 	status.Servers, status.Voters = len(list.Servers), list.Voters()
 	var unhealthy []string
 	for i, s := range list.JSON().Servers {
@@ -91,7 +104,7 @@ func (c *statusCommand) askStatus(ctx context.Context, cl *client.Client) (nodeS
 		if s.Leader {
 			status.Leader = &s
 		}
-		if list.Servers[i].Voter && s.Healthy != nil && !*s.Healthy {
+		if !c.self && list.Servers[i].Voter && s.Healthy != nil && !*s.Healthy {
 			unhealthy = append(unhealthy, nameOf(&s))
 		}
 	}
