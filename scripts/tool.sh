@@ -1,4 +1,4 @@
-# Sourced by consul.sh and vault.sh: how a tool of others is found or built.
+# Sourced by consul.sh, nomad.sh and vault.sh: how a tool of others is found or built.
 #
 #   tool NAME MODULE [BUILD FLAG...]
 #
