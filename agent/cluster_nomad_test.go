@@ -164,7 +164,7 @@ func TestNomadLife(t *testing.T) {
 	defer cancel()
 	var seen uint64
 	go func() { followed <- follow(ctx, serviceName, &seen, c.srv()) }()
-	c.nomad.run(t, "job run", append(c.args(next), "../jobs/diurna-dev.nomad.hcl")...)
+	c.nomad.run(t, "job run", append(c.args(next), "jobs/diurna-dev.nomad.hcl")...)
 	after := versions(c.look(t, 3))
 	for i := range after {
 		if !strings.Contains(after[i], "v9.9.9-next") || strings.Contains(before[i], "v9.9.9-next") {
@@ -181,7 +181,7 @@ func TestNomadLife(t *testing.T) {
 	c.nomad.run(t, "job stop", "diurna-dev")
 	c.awaitDNS(t, "diurna", nil)
 	exitedCleanly(t, c.nomad.awaitAllocs(t, "diurna-dev", "the job has stopped", allStopped))
-	c.nomad.run(t, "job run", append(c.args(next), "../jobs/diurna-dev.nomad.hcl")...)
+	c.nomad.run(t, "job run", append(c.args(next), "jobs/diurna-dev.nomad.hcl")...)
 	c.look(t, 3)
 	for _, m := range c.nodes {
 		if got := consume(t, patient(t, m.listen), 0); !slices.Equal(got, log) {
@@ -202,5 +202,47 @@ func (c *nomadCluster) example(t testing.TB) {
 		if out := c.nomad.run(t, "alloc logs", "-task", "consume", a.ID); !strings.Contains(out, "consumed what was produced: 1000 records") {
 			t.Errorf("%s printed %q", a.Name, out)
 		}
+	}
+}
+
+// TestNomadDrain: a machine is drained under load. Its nodes end cleanly and come
+// up elsewhere, one after another, and nobody notices. There are three clients of
+// Nomad; being on one machine, they see the same data.
+func TestNomadDrain(t *testing.T) {
+	t.Parallel()
+	c := newNomadCluster(t)
+	c.nomad.addClient(t, c.consul, "second", "")
+	c.nomad.addClient(t, c.consul, "third", "")
+	c.nomad.runJob(t, "diurna-dev", "diurna-dev.nomad.hcl", c.args(diurna(t))...)
+	c.look(t, 3)
+	l := c.load(t, "p", 2)
+	drained := c.nomad.awaitAllocs(t, "diurna-dev", "three nodes run", running(3))[0].NodeID
+	// The command waits until the machine is empty.
+	c.nomad.run(t, "node drain", "-enable", "-yes", "-deadline=5m", drained)
+	allocs := c.nomad.awaitAllocs(t, "diurna-dev", "three nodes run again", running(3))
+	c.look(t, 3)
+	c.undisturbed(t, l)
+	ended := slices.DeleteFunc(allocs, func(a allocation) bool { return a.NodeID != drained })
+	if len(ended) == 0 || !allStopped(ended) {
+		t.Errorf("on the machine that was drained there are %+v", ended)
+	}
+	exitedCleanly(t, ended)
+}
+
+// running tells whether so many allocations run and are healthy, and no other
+// is to come or to go.
+func running(n int) func([]allocation) bool {
+	return func(allocs []allocation) bool {
+		for _, a := range allocs {
+			switch {
+			case a.ClientStatus == "pending", a.ClientStatus == "running" && a.DesiredStatus != "run":
+				return false
+			case a.ClientStatus == "running" && (a.DeploymentStatus == nil || a.DeploymentStatus.Healthy == nil || !*a.DeploymentStatus.Healthy):
+				return false
+			case a.ClientStatus == "running":
+				n--
+			}
+		}
+		return n == 0
 	}
 }

@@ -96,6 +96,11 @@ func (n *nomad) agent(t testing.TB, consul *consultest.Server, name string, port
 		bind_addr            = "127.0.0.1"
 		disable_update_check = true
 		leave_on_interrupt   = false
+		advertise {
+			http = "127.0.0.1"
+			rpc  = "127.0.0.1"
+			serf = "127.0.0.1"
+		}
 		ports {
 			http = %d
 			rpc  = %d
@@ -114,7 +119,7 @@ func (n *nomad) agent(t testing.TB, consul *consultest.Server, name string, port
 			network_interface = "lo"
 			min_dynamic_port  = %d
 			max_dynamic_port  = %d
-			options {
+			options = {
 				"fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean"
 			}
 		}
@@ -234,11 +239,12 @@ func (n *nomad) ask(path string, v any) error {
 	return json.Unmarshal(body, v)
 }
 
-// try runs the nomad command and returns its exit code and all it prints. What
-// the command is called goes first: flags come between it and its arguments.
+// try runs the nomad command, at the root of the repository as a user does, and
+// returns its exit code and all it prints. The command's name goes first: flags
+// come between it and its arguments.
 func (n *nomad) try(t testing.TB, command string, args ...string) (code int, out string) {
 	t.Helper()
-	all := append([]string{n.binary}, strings.Fields(command)...)
+	all := append([]string{"sh", "-c", `cd "$0" && exec "$@"`, filepath.Join(program.home, ".."), n.binary}, strings.Fields(command)...)
 	p := startProcess(t, append(append(all, "-address="+n.url), args...)...)
 	select {
 	case <-p.ended:
@@ -272,7 +278,7 @@ func (n *nomad) runJob(t testing.TB, job, file string, args ...string) {
 			n.showTasks(t, job)
 		}
 	})
-	out := n.run(t, "job run", append(args, filepath.Join(program.home, "..", "jobs", file))...)
+	out := n.run(t, "job run", append(args, filepath.Join("jobs", file))...)
 	t.Logf("%s", out[max(0, len(out)-2<<10):])
 }
 

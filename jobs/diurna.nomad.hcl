@@ -58,9 +58,9 @@ variable "vault_ca_file" {
 }
 
 variable "policy_file" {
-  description = "Who may do what, see docs/security.md: a file on the machine where you submit the job. A relative one is looked for beside this job."
+  description = "Who may do what, see docs/security.md: a file on the machine where you submit the job."
   type        = string
-  default     = "policy.csv"
+  default     = "jobs/policy.csv"
 }
 
 job "diurna" {

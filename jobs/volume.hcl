@@ -1,7 +1,10 @@
-# Where a node of diurna.nomad.hcl keeps its data. Each machine that may run one
-# needs its own, made once:
+# Where a node of diurna.nomad.hcl keeps its data. Each machine that is to run one
+# needs its own:
 #
-#   nomad volume create -node <node id> jobs/volume.hcl
+#   nomad volume create jobs/volume.hcl
+#
+# makes one on a machine that has none yet, so run it as often as there are to be
+# nodes. A constraint, or node_id, says on which.
 #
 # mkdir makes a folder below the client's host_volumes_dir: have that on a disk
 # that is large and safe. A plugin of your own can make anything else.
