@@ -135,9 +135,19 @@ func buildVersion(t testing.TB, version string) string {
 	return path
 }
 
-func versions(servers []client.Server) (all []string) {
-	for _, s := range servers {
-		all = append(all, s.Build)
+// versions asks every node which version it is.
+func (c *nomadCluster) versions(t testing.TB) (all []string) {
+	t.Helper()
+	for _, m := range c.nodes {
+		list, err := patient(t, m.listen).Servers(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range list.Servers {
+			if s.ID == list.AnsweredBy {
+				all = append(all, s.Version)
+			}
+		}
 	}
 	return all
 }
@@ -146,10 +156,12 @@ func versions(servers []client.Server) (all []string) {
 // clients find by name; another version of the program is rolled out under load;
 // the job is stopped, and run again, with its data.
 func TestNomadLife(t *testing.T) {
-	next := buildVersion(t, "v9.9.9-next")
+	const next = "v9.9.9-next"
+	program := buildVersion(t, next)
 	c := newNomadCluster(t)
 	c.nomad.runJob(t, "diurna-dev", "diurna-dev.nomad.hcl", c.args(diurna(t))...)
-	before := versions(c.look(t, 3))
+	c.look(t, 3)
+	before := c.versions(t)
 	all := dialWith(t, serviceName, c.srv())
 	values := numbered("first", 1000)
 	produce(t, all, values...)
@@ -164,12 +176,13 @@ func TestNomadLife(t *testing.T) {
 	defer cancel()
 	var seen uint64
 	go func() { followed <- follow(ctx, serviceName, &seen, c.srv()) }()
-	c.nomad.run(t, "job run", append(c.args(next), "jobs/diurna-dev.nomad.hcl")...)
-	after := versions(c.look(t, 3))
-	for i := range after {
-		if !strings.Contains(after[i], "v9.9.9-next") || strings.Contains(before[i], "v9.9.9-next") {
-			t.Errorf("before the update the nodes are %v, then %v", before, after)
-		}
+	c.nomad.run(t, "job run", append(c.args(program), "jobs/diurna-dev.nomad.hcl")...)
+	c.look(t, 3)
+	after := c.versions(t)
+	t.Logf("versions before the update: %q, after it: %q", before, after)
+	isNext := func(version string) bool { return strings.Contains(version, next) }
+	if len(after) != 3 || slices.ContainsFunc(before, isNext) || !slices.ContainsFunc(after, isNext) || slices.ContainsFunc(after, func(v string) bool { return !isNext(v) }) {
+		t.Error("they are not the next one on all nodes")
 	}
 	c.undisturbed(t, l)
 	cancel()
@@ -180,8 +193,8 @@ func TestNomadLife(t *testing.T) {
 
 	c.nomad.run(t, "job stop", "diurna-dev")
 	c.awaitDNS(t, "diurna", nil)
-	exitedCleanly(t, c.nomad.awaitAllocs(t, "diurna-dev", "the job has stopped", allStopped))
-	c.nomad.run(t, "job run", append(c.args(next), "jobs/diurna-dev.nomad.hcl")...)
+	c.nomad.exitedCleanly(t, c.nomad.awaitAllocs(t, "diurna-dev", "the job has stopped", allStopped))
+	c.nomad.run(t, "job run", append(c.args(program), "jobs/diurna-dev.nomad.hcl")...)
 	c.look(t, 3)
 	for _, m := range c.nodes {
 		if got := consume(t, patient(t, m.listen), 0); !slices.Equal(got, log) {
@@ -197,7 +210,7 @@ func (c *nomadCluster) example(t testing.TB) {
 	allocs := c.nomad.awaitAllocs(t, "diurna-example", "the example has ended", func(allocs []allocation) bool {
 		return len(allocs) > 0 && allStopped(allocs)
 	})
-	exitedCleanly(t, allocs)
+	c.nomad.exitedCleanly(t, allocs)
 	for _, a := range allocs {
 		if out := c.nomad.run(t, "alloc logs", "-task", "consume", a.ID); !strings.Contains(out, "consumed what was produced: 1000 records") {
 			t.Errorf("%s printed %q", a.Name, out)
@@ -216,23 +229,47 @@ func TestNomadDrain(t *testing.T) {
 	c.nomad.runJob(t, "diurna-dev", "diurna-dev.nomad.hcl", c.args(diurna(t))...)
 	c.look(t, 3)
 	l := c.load(t, "p", 2)
-	drained := c.nomad.awaitAllocs(t, "diurna-dev", "three nodes run", running(3))[0].NodeID
+	// That of the leader, whose name has the allocation's index.
+	leader := c.leads(t)
+	allocs := c.nomad.awaitAllocs(t, "diurna-dev", "three nodes run", running(3))
+	i := slices.IndexFunc(allocs, func(a allocation) bool {
+		return a.Name == fmt.Sprintf("diurna-dev.node[%s]", strings.TrimPrefix(leader, "node-"))
+	})
+	if i < 0 {
+		t.Fatalf("%s leads, and is none of %+v", leader, allocs)
+	}
+	drained := allocs[i].NodeID
 	// The command waits until the machine is empty.
 	c.nomad.run(t, "node drain", "-enable", "-yes", "-deadline=5m", drained)
-	allocs := c.nomad.awaitAllocs(t, "diurna-dev", "three nodes run again", running(3))
+	allocs = c.nomad.awaitAllocs(t, "diurna-dev", "three nodes run again", running(3))
 	c.look(t, 3)
 	c.undisturbed(t, l)
 	ended := slices.DeleteFunc(allocs, func(a allocation) bool { return a.NodeID != drained })
 	if len(ended) == 0 || !allStopped(ended) {
 		t.Errorf("on the machine that was drained there are %+v", ended)
 	}
-	exitedCleanly(t, ended)
+	c.nomad.exitedCleanly(t, ended)
+}
+
+// leads is the name of the node that leads.
+func (c *nomadCluster) leads(t testing.TB) (name string) {
+	t.Helper()
+	c.servers(t, "somebody leads whose name is known", func(servers []client.Server) bool {
+		for _, s := range servers {
+			if s.Leader {
+				name = s.Name
+			}
+		}
+		return name != ""
+	})
+	return name
 }
 
 // running tells whether so many allocations run and are healthy, and no other
 // is to come or to go.
 func running(n int) func([]allocation) bool {
 	return func(allocs []allocation) bool {
+		found := 0
 		for _, a := range allocs {
 			switch {
 			case a.ClientStatus == "pending", a.ClientStatus == "running" && a.DesiredStatus != "run":
@@ -240,9 +277,9 @@ func running(n int) func([]allocation) bool {
 			case a.ClientStatus == "running" && (a.DeploymentStatus == nil || a.DeploymentStatus.Healthy == nil || !*a.DeploymentStatus.Healthy):
 				return false
 			case a.ClientStatus == "running":
-				n--
+				found++
 			}
 		}
-		return n == 0
+		return found == n
 	}
 }

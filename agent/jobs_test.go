@@ -96,6 +96,7 @@ func nodeConfiguration(t testing.TB, n *nomad, job string) {
 		}
 		text := regexp.MustCompile(`\{\{ env "NOMAD_ADDR_\w+" \}\}`).ReplaceAllString(tmpl.EmbeddedTmpl, "127.0.0.1:8400")
 		text = regexp.MustCompile(`\{\{ env "[a-z.]+" \}\}`).ReplaceAllString(text, "name")
+		text = strings.ReplaceAll(text, `env("CONSUL_HTTP_TOKEN")`, `"token"`)
 		file := filepath.Join(t.TempDir(), "diurna.hcl")
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -122,7 +123,7 @@ func TestNomadProduction(t *testing.T) {
 	jobs := filepath.Join(program.home, "..", "jobs")
 	image := importImage(t)
 	c := &trustedCluster{processCluster: &processCluster{consul: consultest.Start(t, consultest.Options{ACL: true}), dir: t.TempDir()}, vault: identitytest.StartVault(t)}
-	n := startNomad(t, c.consul, "")
+	n := startNomadForContainers(t, c.consul)
 	// What docs/nomad.md says has to be done once.
 	jwks := n.url + "/.well-known/jwks.json"
 	c.vault.Setup(t, "diurna", "JWT_JWKS_URL="+jwks, "JWT_MOUNT=jwt-nomad", "JWT_USER_CLAIM=/nomad_job_id",
@@ -162,7 +163,7 @@ func TestNomadProduction(t *testing.T) {
 	}
 
 	n.run(t, "job stop", "diurna")
-	exitedCleanly(t, n.awaitAllocs(t, "diurna", "the job has stopped", allStopped))
+	n.exitedCleanly(t, n.awaitAllocs(t, "diurna", "the job has stopped", allStopped))
 	c.awaitDNS(t, "diurna", nil)
 	n.run(t, "job run", append(args, "jobs/diurna.nomad.hcl")...)
 	if got := consume(t, dialWith(t, addr, example), 0); !slices.Equal(got, values) {

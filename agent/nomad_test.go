@@ -28,6 +28,8 @@ type nomad struct {
 
 	binary, rpc string
 	agents      []*process
+	// containers has them run containers: then others have to see what they mount.
+	containers bool
 }
 
 // findTool finds a program that a script of ours builds where there is none.
@@ -52,13 +54,27 @@ func findTool(t testing.TB, name string) string {
 func startNomad(t testing.TB, consul *consultest.Server, more string) *nomad {
 	t.Helper()
 	n := &nomad{binary: findTool(t, "nomad")}
+	n.start(t, consul, more)
+	return n
+}
+
+// startNomadForContainers is startNomad for jobs whose tasks are containers.
+func startNomadForContainers(t testing.TB, consul *consultest.Server) *nomad {
+	t.Helper()
+	n := &nomad{binary: findTool(t, "nomad"), containers: true}
+	n.start(t, consul, "")
+	return n
+}
+
+func (n *nomad) start(t testing.TB, consul *consultest.Server, more string) {
+	t.Helper()
 	for try := 1; ; try++ {
 		ports := nomadPorts(t)
 		n.addr, n.rpc = fmt.Sprintf("127.0.0.1:%d", ports[0]), fmt.Sprintf("127.0.0.1:%d", ports[1])
 		n.url = "http://" + n.addr
 		agent := n.agent(t, consul, "server", ports, more, "-dev")
 		if err := n.awaitClients(t, agent, 1); err == nil {
-			return n
+			return
 		} else if text := agent.stdout.text() + agent.stderr.text(); try == 5 || !strings.Contains(text, "address already in use") {
 			t.Fatalf("start %s: %v\n%s", n.binary, err, text)
 		}
@@ -85,8 +101,9 @@ func init() { portRanges.Store(rand.Int64N(110)) }
 // What it runs is in processes of its own, which stay behind when it is killed.
 // So, where that is allowed, it is the first process of a PID namespace: the
 // kernel kills the others with it. unshare --kill-child has it die with unshare,
-// which dies with this process. Elsewhere the jobs have to be stopped, as they
-// are at the end of a test that is not killed.
+// which dies with this process. Elsewhere, and where there are containers, which
+// are none of its processes, the jobs have to be stopped, as they are at the end
+// of a test that is not killed.
 func (n *nomad) agent(t testing.TB, consul *consultest.Server, name string, ports [3]int, more string, args ...string) *process {
 	t.Helper()
 	dir := t.TempDir()
@@ -136,7 +153,9 @@ func (n *nomad) agent(t testing.TB, consul *consultest.Server, name string, port
 	}
 	// Not the caller's environment: NOMAD_ADDR and the like are about another one.
 	command := []string{"env", "-i", "PATH=" + os.Getenv("PATH"), "HOME=" + dir, "TMPDIR=" + dir}
-	command = append(command, ownPIDs()...)
+	if !n.containers {
+		command = append(command, ownPIDs()...)
+	}
 	command = append(command, n.binary, "agent", "-config", file)
 	p := startProcess(t, append(command, args...)...)
 	n.agents = append(n.agents, p)
@@ -348,19 +367,28 @@ func allStopped(allocs []allocation) bool {
 	return true
 }
 
-// exitedCleanly checks that every task of stopped allocations ended as a node
-// does that was asked to.
-func exitedCleanly(t testing.TB, allocs []allocation) {
+// exitedCleanly checks that every task of stopped allocations ended by itself, with
+// 0.
+func (n *nomad) exitedCleanly(t testing.TB, allocs []allocation) {
 	t.Helper()
 	for _, a := range allocs {
 		for task, state := range a.TaskStates {
 			ends := 0
 			for _, e := range state.Events {
-				if e.Type == "Terminated" {
-					ends++
-					if e.ExitCode != 0 {
-						t.Errorf("%s, %s, of version %d: %s", a.Name, task, a.JobVersion, e.DisplayMessage)
+				if e.Type != "Terminated" {
+					continue
+				}
+				ends++
+				switch {
+				case e.ExitCode == 0:
+				case strings.Contains(e.DisplayMessage, "error waiting on process"):
+					// Nomad missed how it ended: its executor was gone before
+					// it could be asked.
+					if out := n.run(t, "alloc logs", "-stderr", "-task", task, a.ID); !strings.Contains(out[max(0, len(out)-200):], "stopped: after=") {
+						t.Errorf("%s, %s, of version %d, ended while it did: %s", a.Name, task, a.JobVersion, out[max(0, len(out)-2<<10):])
 					}
+				default:
+					t.Errorf("%s, %s, of version %d: %s", a.Name, task, a.JobVersion, e.DisplayMessage)
 				}
 			}
 			if ends == 0 {

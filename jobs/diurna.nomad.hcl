@@ -158,7 +158,7 @@ job "diurna" {
 
     task "diurna" {
       driver = "docker"
-      user   = "65532:65532" # as in volume.hcl
+      user   = "10001:10001" # as in volume.hcl
 
       # SIGTERM hands leadership over, ends what is under way, and takes
       # shutdown_timeout at most: 10 s. Clients of Nomad allow 30 s here unless
@@ -166,8 +166,8 @@ job "diurna" {
       kill_signal  = "SIGTERM"
       kill_timeout = "30s"
 
-      # Nomad logs in to Consul with this and puts the token into
-      # secrets/consul_token.
+      # Nomad logs in to Consul with this and puts the token into the node's
+      # environment. It is also in secrets/consul_token, for root only.
       identity {
         name = "consul_default"
         aud  = ["consul.io"]
@@ -224,8 +224,8 @@ job "diurna" {
           }
 
           consul {
-            address    = "${var.consul}"
-            token_file = "/secrets/consul_token"
+            address = "${var.consul}"
+            token   = env("CONSUL_HTTP_TOKEN")
           }
 
           tls {

@@ -15,8 +15,8 @@ plugin_id = "mkdir"
 # Whom the image runs as. Nobody else has any business here.
 parameters = {
   mode = "0700"
-  uid  = 65532
-  gid  = 65532
+  uid  = 10001
+  gid  = 10001
 }
 
 capability {
