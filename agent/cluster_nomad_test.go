@@ -185,6 +185,7 @@ func TestNomadLife(t *testing.T) {
 		t.Error("they are not the next one on all nodes")
 	}
 	c.undisturbed(t, l)
+	oneByOne(t, c.nomad.awaitAllocs(t, "diurna-dev", "the update is done", running(3)), 1)
 	cancel()
 	if err := <-followed; err != nil || seen == 0 {
 		t.Errorf("the reader has seen %d records and ended: %v", seen, err)

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -324,9 +326,14 @@ type allocation struct {
 	DesiredStatus, ClientStatus string
 	JobVersion                  int
 	TaskStates                  map[string]taskState
-	DeploymentStatus            *struct{ Healthy *bool }
+	DeploymentStatus            *deploymentStatus
 	ClientDescription           string
 	CreateTime, ModifyTime      int64
+}
+
+type deploymentStatus struct {
+	Healthy   *bool
+	Timestamp time.Time // when that was decided
 }
 
 type taskState struct {
@@ -365,6 +372,25 @@ func allStopped(allocs []allocation) bool {
 		}
 	}
 	return true
+}
+
+// oneByOne checks that each allocation of a version of a job was begun only when
+// the one before was healthy.
+func oneByOne(t testing.TB, allocs []allocation, version int) {
+	t.Helper()
+	of := slices.DeleteFunc(slices.Clone(allocs), func(a allocation) bool { return a.JobVersion != version })
+	slices.SortFunc(of, func(a, b allocation) int { return cmp.Compare(a.CreateTime, b.CreateTime) })
+	for i, a := range of {
+		switch {
+		case a.DeploymentStatus == nil || a.DeploymentStatus.Healthy == nil || !*a.DeploymentStatus.Healthy:
+			t.Errorf("%s of version %d was never healthy: %+v", a.Name, version, a)
+		case i+1 < len(of) && of[i+1].CreateTime < a.DeploymentStatus.Timestamp.UnixNano():
+			t.Errorf("%s of version %d was begun before %s was healthy", of[i+1].Name, version, a.Name)
+		}
+	}
+	if len(of) != 3 {
+		t.Errorf("%d of version %d: %+v", len(of), version, of)
+	}
 }
 
 // exitedCleanly checks that every task of stopped allocations ended by itself, with
