@@ -26,16 +26,22 @@ type nomadCluster struct {
 	nomad *nomad
 }
 
-func newNomadCluster(t testing.TB) *nomadCluster {
+// newNomadCluster starts Consul and Nomad, and no node yet. With tls the nodes
+// share a throw-away CA.
+func newNomadCluster(t testing.TB, tls bool) *nomadCluster {
 	t.Helper()
 	c := &nomadCluster{processCluster: &processCluster{consul: consultest.Start(t, consultest.Options{}), dir: t.TempDir()}}
+	if tls {
+		file := func(name string) string { return filepath.Join(c.dir, "data", "tls", name) }
+		c.files = &client.TLSFiles{CAFile: file("ca.pem"), CertFile: file("client.pem"), KeyFile: file("client-key.pem")}
+	}
 	c.nomad = startNomad(t, c.consul, "")
 	return c
 }
 
 // args are the variables of jobs/diurna-dev.nomad.hcl.
 func (c *nomadCluster) args(program string) []string {
-	return []string{"-var=diurna=" + program, "-var=data_dir=" + filepath.Join(c.dir, "data"), "-var=consul=" + c.consul.HTTP}
+	return []string{"-var=diurna=" + program, "-var=data_dir=" + filepath.Join(c.dir, "data"), "-var=consul=" + c.consul.HTTP, fmt.Sprint("-var=tls=", c.files != nil)}
 }
 
 // look asks the DNS for all nodes until there are so many, which all vote, and
@@ -52,6 +58,9 @@ func (c *nomadCluster) look(t testing.TB, n int) []client.Server {
 		for _, r := range records {
 			addr := net.JoinHostPort("127.0.0.1", fmt.Sprint(r.Port))
 			c.nodes = append(c.nodes, &member{name: addr, listen: addr})
+			if c.files != nil {
+				trusts.Store(addr, *c.files)
+			}
 		}
 		if len(c.nodes) == n {
 			servers, err := serversOf(ctx, c.nodes[0].listen)
@@ -68,11 +77,15 @@ func (c *nomadCluster) look(t testing.TB, n int) []client.Server {
 	}
 }
 
-// srv connects as clients do that know a name only, and ask Consul's DNS for the
-// addresses and ports behind it, each time that they connect.
-func (c *nomadCluster) srv() client.Option {
+// byName has a client connect that knows a name only: it asks Consul's DNS for the
+// addresses and ports behind it, each time that it connects.
+func (c *nomadCluster) byName() []client.Option {
+	var opts []client.Option
+	if c.files != nil {
+		opts = append(opts, client.WithTLS(*c.files))
+	}
 	r := c.dns()
-	return client.WithDialer(func(ctx context.Context, addr string) (net.Conn, error) {
+	return append(opts, client.WithDialer(func(ctx context.Context, addr string) (net.Conn, error) {
 		host, _, err := net.SplitHostPort(addr)
 		if err != nil {
 			return nil, err
@@ -90,7 +103,7 @@ func (c *nomadCluster) srv() client.Option {
 			}
 		}
 		return nil, err
-	})
+	}))
 }
 
 // load produces all the time, by name, as clients are by default: what they
@@ -100,7 +113,7 @@ func (c *nomadCluster) load(t testing.TB, name string, n int) *load {
 	var producers []*steady
 	for i := range n {
 		s := newSteady(t, fmt.Sprint(name, i), nil)
-		s.clients = []*client.Client{dialWith(t, serviceName, c.srv())}
+		s.clients = []*client.Client{dialWith(t, serviceName, c.byName()...)}
 		producers = append(producers, s)
 	}
 	return loadOf(t, producers)
@@ -158,11 +171,11 @@ func (c *nomadCluster) versions(t testing.TB) (all []string) {
 func TestNomadLife(t *testing.T) {
 	const next = "v9.9.9-next"
 	program := buildVersion(t, next)
-	c := newNomadCluster(t)
+	c := newNomadCluster(t, false)
 	c.nomad.runJob(t, "diurna-dev", "diurna-dev.nomad.hcl", c.args(diurna(t))...)
 	c.look(t, 3)
 	before := c.versions(t)
-	all := dialWith(t, serviceName, c.srv())
+	all := dialWith(t, serviceName, c.byName()...)
 	values := numbered("first", 1000)
 	produce(t, all, values...)
 	if got := consume(t, all, 0); !slices.Equal(got, values) {
@@ -175,7 +188,7 @@ func TestNomadLife(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var seen uint64
-	go func() { followed <- follow(ctx, serviceName, &seen, c.srv()) }()
+	go func() { followed <- follow(ctx, serviceName, &seen, c.byName()...) }()
 	c.nomad.run(t, "job run", append(c.args(program), "jobs/diurna-dev.nomad.hcl")...)
 	c.look(t, 3)
 	after := c.versions(t)
@@ -207,7 +220,11 @@ func TestNomadLife(t *testing.T) {
 // example runs jobs/example.nomad.hcl to its end.
 func (c *nomadCluster) example(t testing.TB) {
 	t.Helper()
-	c.nomad.runJob(t, "diurna-example", "example.nomad.hcl", "-var=diurna="+diurna(t), "-var=records=1000")
+	args := []string{"-var=diurna=" + diurna(t), "-var=records=1000"}
+	if c.files != nil {
+		args = append(args, "-var=tls_dir="+filepath.Dir(c.files.CAFile))
+	}
+	c.nomad.runJob(t, "diurna-example", "example.nomad.hcl", args...)
 	allocs := c.nomad.awaitAllocs(t, "diurna-example", "the example has ended", func(allocs []allocation) bool {
 		return len(allocs) > 0 && allStopped(allocs)
 	})
@@ -220,15 +237,16 @@ func (c *nomadCluster) example(t testing.TB) {
 }
 
 // TestNomadDrain: a machine is drained under load. Its nodes end cleanly and come
-// up elsewhere, one after another, and nobody notices. There are three clients of
-// Nomad; being on one machine, they see the same data.
+// up elsewhere, and nobody notices. There are three clients of Nomad; being on one
+// machine, they see the same data. The nodes have certificates.
 func TestNomadDrain(t *testing.T) {
 	t.Parallel()
-	c := newNomadCluster(t)
+	c := newNomadCluster(t, true)
 	c.nomad.addClient(t, c.consul, "second", "")
 	c.nomad.addClient(t, c.consul, "third", "")
 	c.nomad.runJob(t, "diurna-dev", "diurna-dev.nomad.hcl", c.args(diurna(t))...)
 	c.look(t, 3)
+	c.example(t)
 	l := c.load(t, "p", 2)
 	// That of the leader, whose name has the allocation's index.
 	leader := c.leads(t)
