@@ -181,7 +181,7 @@ func (c *produceCommand) produce(cl *client.Client) int {
 	}
 	run := newProduceRun(p)
 	defer run.giveUp()
-	progress := c.startProgress(p)
+	stopProgress := c.startProgress(p)
 	go run.feedAll(c.source())
 
 	if !interrupted {
@@ -214,11 +214,11 @@ func (c *produceCommand) produce(cl *client.Client) int {
 			// ended.
 			overdue = time.After(time.Second)
 		case <-overdue:
-			progress.stop()
+			stopProgress()
 			c.errorf("interrupted while offsets were being printed to standard output")
 			return ExitServer
 		}
 	}
-	progress.stop()
+	stopProgress()
 	return c.report(run, offsets.err(), interrupted)
 }
