@@ -181,7 +181,7 @@ func (c *produceCommand) produce(cl *client.Client) int {
 	}
 	run := newProduceRun(p)
 	defer run.giveUp()
-	stopProgress := c.startProgress(p)
+	progress := c.showProgress(p)
 	go run.feedAll(c.source())
 
 	if !interrupted {
@@ -214,11 +214,11 @@ func (c *produceCommand) produce(cl *client.Client) int {
 			// ended.
 			overdue = time.After(time.Second)
 		case <-overdue:
-			stopProgress()
+			progress.stop()
 			c.errorf("interrupted while offsets were being printed to standard output")
 			return ExitServer
 		}
 	}
-	stopProgress()
+	progress.stop()
 	return c.report(run, offsets.err(), interrupted)
 }

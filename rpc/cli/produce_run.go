@@ -245,14 +245,14 @@ func seconds(d time.Duration) string {
 	return fmt.Sprintf("%.1f s", d.Seconds())
 }
 
-// startProgress draws a line on the terminal while records are on their way.
-func (c *produceCommand) startProgress(p *client.Producer) (stop func()) {
+// showProgress draws how many records were acknowledged.
+func (c *produceCommand) showProgress(p *client.Producer) *progress {
 	// Nor between the lines that somebody types.
 	if c.quiet || c.stdinIsTerminal() {
-		return func() {}
+		return noProgress()
 	}
 	start, drawn := time.Now(), false
-	return c.drawEvery(func() string {
+	return c.startProgress(func() string {
 		n := p.Outcome().Acknowledged
 		if n == 0 && !drawn {
 			return "" // there may never be anything to tell

@@ -147,13 +147,13 @@ func (c *saveCommand) toFile(ctx context.Context, cl *client.Client, name string
 // copy writes a snapshot to w, and on a terminal how far it is.
 func (c *saveCommand) copy(ctx context.Context, cl *client.Client, w io.Writer) (client.SnapshotInfo, error) {
 	m := &meter{w: w}
-	stop := c.drawEvery(func() string {
+	shown := c.startProgress(func() string {
 		if size := m.size.Load(); size > 0 {
 			return fmt.Sprintf("%s of %s", humanize.IBytes(uint64(m.written.Load())), humanize.IBytes(uint64(size)))
 		}
 		return ""
 	})
-	defer stop()
+	defer shown.stop()
 	return cl.Snapshot(ctx, m, client.SnapshotOptions{Stale: c.stale, OnInfo: func(i client.SnapshotInfo) { m.size.Store(i.Size) }})
 }
 
@@ -167,39 +167,6 @@ func (m *meter) Write(p []byte) (int, error) {
 	n, err := m.w.Write(p)
 	m.written.Add(int64(n))
 	return n, err
-}
-
-// drawEvery shows a line on the terminal, again and again, until stop; "" shows
-// nothing yet. Without a terminal nothing is shown.
-func (m *Meta) drawEvery(line func() string) (stop func()) {
-	if !m.stderrIsTerminal() {
-		return func() {}
-	}
-	quit, done := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(done)
-		drawn := false
-		ticker := time.NewTicker(250 * time.Millisecond)
-		defer ticker.Stop()
-		for {
-			select {
-			case <-quit:
-				if drawn {
-					_, _ = io.WriteString(m.Stderr, "\r\x1b[K")
-				}
-				return
-			case <-ticker.C:
-				if text := line(); text != "" {
-					drawn = true
-					_, _ = fmt.Fprintf(m.Stderr, "\r\x1b[K%s", text)
-				}
-			}
-		}
-	}()
-	return func() {
-		close(quit)
-		<-done
-	}
 }
 
 // partial is a file that has its name only once it is complete and durable.
