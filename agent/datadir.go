@@ -36,6 +36,7 @@ var ErrForeign = errors.New("not a Diurna data directory")
 //	node    format version, and who the node is
 //	peers   where the others were last seen
 //	lock    held by the process that uses the directory
+//	restoring          a restore that is under way or was interrupted, see restore.go
 //	recovering         a recovery that was begun and not finished, see recover.go
 //	before-recovery-*/ what a recovery has replaced
 //	logs/   one directory for each log, see package replica; logs-2/, logs-3/ …
@@ -218,14 +219,13 @@ func inspectDataDir(fsys vfs.FS, path string) (fresh bool, err error) {
 		return true, nil
 	case err != nil:
 		return false, fmt.Errorf("data directory: %w", advise(err))
+	case slices.Contains(names, restoringFile):
+		return false, fmt.Errorf("%s: a restore into it was interrupted: do it again, or empty it", path)
 	case slices.Contains(names, nodeFile):
 		_, err := readNodeFile(fsys, path)
 		return false, err
 	}
 	for _, name := range names {
-		if name == restoringDir {
-			return false, fmt.Errorf("%s: %w: a restore into it was interrupted; do it again, or empty it", path, ErrForeign)
-		}
 		if !beginsDataDir(name) {
 			return false, fmt.Errorf("%s: %w: it has %q in it, but no file %q; choose an empty -data-dir", path, ErrForeign, name, nodeFile)
 		}
@@ -236,7 +236,7 @@ func inspectDataDir(fsys vfs.FS, path string) (fresh bool, err error) {
 // beginsDataDir tells whether a name is of what a new filesystem has, or of what a
 // crash leaves when a data directory is made.
 func beginsDataDir(name string) bool {
-	return name == "lost+found" || name == lockFile || name == nodeFile+vfs.TempSuffix
+	return name == "lost+found" || name == lockFile || name == nodeFile+vfs.TempSuffix || name == restoringFile+vfs.TempSuffix
 }
 
 // advise says what to do about the mistakes that one makes with a path.

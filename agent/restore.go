@@ -16,20 +16,20 @@ import (
 	"github.com/diurnalog/diurna/rpc"
 )
 
-// restoringDir is what a restore fills; it becomes logsDir when it is complete.
-const restoringDir = "restoring"
+// restoringFile is there as long as a restore fills the directory: the first file
+// in it and the last one that is removed. A node does not start then.
+const restoringFile = "restoring"
 
 // nowhere stands for the address of a node that has yet to say where it is. It is
 // in a domain that never resolves; the node replaces it once it leads.
 const nowhere = "restored.invalid:1"
 
 // restore makes a data directory of a saved snapshot: that of a node which is the
-// only one of a new cluster. The directory must be missing or empty. The snapshot
+// only one of a new cluster. Segments have that size; 0 means the default. The directory must be missing or empty. The snapshot
 // is read twice: nothing is touched before all of it has been checked.
 //
-// The node's file comes last. Until then the directory is not a node's, and a
-// restore that was interrupted can be done again.
-func restore(ctx context.Context, fsys vfs.FS, path string, file io.ReadSeeker) (id identity, info replica.SavedInfo, err error) {
+// A restore that was interrupted can be done again.
+func restore(ctx context.Context, fsys vfs.FS, path string, file io.ReadSeeker, segment int64) (id identity, info replica.SavedInfo, err error) {
 	if err := checkRestorable(fsys, path); err != nil {
 		return id, info, err
 	}
@@ -51,27 +51,46 @@ func restore(ctx context.Context, fsys vfs.FS, path string, file io.ReadSeeker) 
 	if err := checkRestorable(fsys, path); err != nil {
 		return id, info, err
 	}
-	staging := filepath.Join(path, restoringDir)
-	if err := vfs.RemoveAll(fsys, staging); err != nil {
+	if err := vfs.WriteFile(fsys, filepath.Join(path, restoringFile), nil); err != nil {
+		return id, info, err
+	}
+	if err := removeRestored(fsys, path); err != nil {
 		return id, info, err
 	}
 	id = identity{node: uuid.NewString(), cluster: uuid.NewString(), lives: 1}
 	again, err := replica.Restore(replica.Config{
-		Dir: filepath.Join(staging, rpc.DefaultLog), FS: fsys, ID: id.node, Address: nowhere, ClusterID: id.cluster,
+		Dir: filepath.Join(path, id.logs(), rpc.DefaultLog), FS: fsys, ID: id.node, Address: nowhere, ClusterID: id.cluster, SegmentSize: segment,
 	}, interruptible{ctx, file})
 	if err == nil && again != info {
 		err = errors.New("the snapshot was changed while it was read")
 	}
+	if err == nil {
+		err = writeNodeFile(fsys, path, id)
+	}
 	if err != nil {
-		return id, info, errors.Join(err, vfs.RemoveAll(fsys, staging))
+		err = errors.Join(err, removeRestored(fsys, path))
 	}
-	if err := fsys.Rename(staging, filepath.Join(path, logsDir)); err != nil {
-		return id, info, err
+	// Where what was made is not removed, the file stays, and says so.
+	if err == nil || onlyBegun(fsys, path) {
+		err = errors.Join(err, vfs.RemoveAll(fsys, filepath.Join(path, restoringFile)))
 	}
-	if err := fsys.SyncDir(path); err != nil {
-		return id, info, err
+	return id, info, err
+}
+
+// removeRestored removes what a restore has made, but for the file that says so.
+func removeRestored(fsys vfs.FS, path string) error {
+	for _, name := range []string{nodeFile, logsDir} {
+		if err := vfs.RemoveAll(fsys, filepath.Join(path, name)); err != nil {
+			return err
+		}
 	}
-	return id, info, writeNodeFile(fsys, path, id)
+	return nil
+}
+
+// onlyBegun tells whether nothing is left of a restore.
+func onlyBegun(fsys vfs.FS, path string) bool {
+	names, err := fsys.List(path)
+	return err == nil && !slices.Contains(names, nodeFile) && !slices.Contains(names, logsDir)
 }
 
 // checkRestorable refuses a directory that holds anything but what a restore that
@@ -83,11 +102,13 @@ func checkRestorable(fsys vfs.FS, path string) error {
 		return nil
 	case err != nil:
 		return fmt.Errorf("data directory: %w", advise(err))
+	case slices.Contains(names, restoringFile):
+		names = slices.DeleteFunc(names, func(name string) bool { return name == restoringFile || name == nodeFile || name == logsDir })
 	case slices.Contains(names, nodeFile):
 		return fmt.Errorf("%s holds a node's data already: a snapshot is restored into an empty -data-dir", path)
 	}
 	for _, name := range names {
-		if !beginsDataDir(name) && name != restoringDir {
+		if !beginsDataDir(name) {
 			return fmt.Errorf("%s is not empty: it has %q in it; a snapshot is restored into an empty -data-dir", path, name)
 		}
 	}

@@ -228,7 +228,7 @@ func (c *restoreCommand) Run(args []string) int {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	id, info, err := restore(ctx, vfs.OS, c.dataDir, file)
+	id, info, err := restore(ctx, vfs.OS, c.dataDir, file, 0)
 	if err := errors.Join(err, file.Close()); err != nil {
 		text, code := explainSnapshot(name, err)
 		say(c.stderr, "Error: %s\nNothing was restored.\n", text)
