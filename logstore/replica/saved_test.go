@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -366,5 +367,30 @@ func TestRecover(t *testing.T) {
 		if r := c.nodes[id]; r.ClusterID() != "new" || r.Supersedes() != "old" {
 			t.Errorf("%s is in cluster %q after %q", id, r.ClusterID(), r.Supersedes())
 		}
+	}
+}
+
+// TestSavedFormat reads a snapshot's frame as docs/FORMAT.md has it, with its own
+// numbers.
+func TestSavedFormat(t *testing.T) {
+	b := smallSaved(t)
+	le := binary.LittleEndian
+	s := len(b)
+	n := int(le.Uint64(b[16:]))
+	if string(b[:8]) != "DIURNSAV" || le.Uint32(b[12:]) != 1 || le.Uint64(b[24:]) != uint64(s) || le.Uint32(b[8:]) != crc32.Checksum(b[12:32+n], castagnoli) {
+		t.Errorf("header % x", b[:32])
+	}
+	var about map[string]any
+	if err := json.Unmarshal(b[32:32+n], &about); err != nil || about["next_offset"] != 60.0 || about["node_id"] != "a" || about["cluster"] != "test" {
+		t.Errorf("description %s, %v", b[32:32+n], err)
+	}
+	if string(b[32+n:40+n]) != "DIURNSNP" {
+		t.Errorf("content begins with %q", b[32+n:40+n])
+	}
+	end := b[s-64:]
+	sum := sha256.Sum256(b[:s-64])
+	if string(end[:8]) != "DIURNEND" || le.Uint32(end[12:]) != 1 || le.Uint64(end[16:]) != uint64(s) || le.Uint64(end[24:]) != 0 ||
+		!bytes.Equal(end[32:], sum[:]) || le.Uint32(end[8:]) != crc32.Checksum(end[12:], castagnoli) {
+		t.Errorf("trailer % x", end)
 	}
 }
