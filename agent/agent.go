@@ -167,6 +167,9 @@ func (a *Agent) start(ctx context.Context, cfg *config.Config, opts Options) (er
 	a.runBeside(cfg, opts)
 	id := a.data.identity()
 	started := []any{"id", id.node, "name", cfg.Node.Name, "address", a.address, "data_dir", dir, "cluster", id.cluster}
+	if was := a.replica.Supersedes(); was != "" {
+		started = append(started, "recovered_from", was)
+	}
 	if a.http != nil {
 		a.http.Start(a.fail)
 		started = append(started, "http", a.http.Addr())

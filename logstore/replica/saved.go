@@ -323,10 +323,6 @@ func readSavedHead(in *counted) (info SavedInfo, err error) {
 	if string(b[:8]) != savedMagic {
 		return info, &CorruptError{savedName, "this is not one that Diurna has saved"}
 	}
-	// Before the checksum, which another version may make of something else.
-	if v := le.Uint32(b[12:]); v != savedVersion {
-		return info, &VersionError{savedName, fmt.Sprint("format version ", v)}
-	}
 	length, size := le.Uint64(b[16:]), le.Uint64(b[24:])
 	if length > savedInfoLimit || size > 1<<62 || size < savedHeader+length+savedTrailer {
 		return info, &CorruptError{savedName, fmt.Sprintf("it claims %d bytes about itself, in %d", length, size)}
@@ -337,6 +333,10 @@ func readSavedHead(in *counted) (info SavedInfo, err error) {
 	}
 	if le.Uint32(b[8:]) != crc32.Checksum(b[12:], castagnoli) {
 		return info, &CorruptError{savedName, "the checksum of its header is wrong"}
+	}
+	// What came before is the same in every version.
+	if v := le.Uint32(b[12:]); v != savedVersion {
+		return info, &VersionError{savedName, fmt.Sprint("format version ", v)}
 	}
 	if err := json.Unmarshal(b[savedHeader:], &info); err != nil {
 		return info, &CorruptError{savedName, err.Error()}
