@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"syscall"
 
 	"github.com/hashicorp/cli"
 
@@ -55,7 +56,7 @@ nodes had it that are gone; no survivor can tell. The other survivors have to be
 started with empty data directories: the node that was kept adds them, and they
 get the log from it. With their old data, it refuses them.
 
-The node must be stopped. What is replaced is kept in the data directory, in
+The node must be stopped. Run it as the user that runs the node. What is replaced is kept in the data directory, in
 before-recovery-<index>. If it is interrupted, run it again. Exits 0 when it has
 done what it says, 2 when the data is damaged, and 1 for everything else.
 `, `
@@ -98,6 +99,9 @@ func (c *recoverCommand) Run(args []string) int {
 	case c.compare:
 		return c.compareAll(rest)
 	}
+	if err := ownedByUs(c.dataDir); err != nil {
+		return c.failed(err)
+	}
 	s, err := openStopped(vfs.OS, c.dataDir)
 	if err != nil {
 		return c.failed(err)
@@ -107,6 +111,19 @@ func (c *recoverCommand) Run(args []string) int {
 		return max(code, c.failed(err))
 	}
 	return code
+}
+
+// ownedByUs refuses a directory of another user's: the node, which runs as that
+// one, could not open what we write into it.
+func ownedByUs(dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return nil // whoever opens it says so
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
+		return fmt.Errorf("%s belongs to the user with the id %d, and this is run by %d: run it as the user that runs the node", dir, st.Uid, os.Geteuid())
+	}
+	return nil
 }
 
 func (c *recoverCommand) failed(err error) int {

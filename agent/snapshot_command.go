@@ -96,6 +96,18 @@ func oneFile(args []string) (string, error) {
 	return args[0], nil
 }
 
+// withSnapshot opens a file for as long as do reads it; ctx ends when the process is
+// asked to stop.
+func withSnapshot(name string, do func(ctx context.Context, file io.ReadSeeker) error) error {
+	file, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	return errors.Join(do(ctx, file), file.Close())
+}
+
 type inspectSnapshotCommand struct {
 	stdout, stderr io.Writer
 	json           bool
@@ -136,15 +148,11 @@ func (c *inspectSnapshotCommand) Run(args []string) int {
 	if err != nil {
 		return usageError(c.stderr, "operator snapshot inspect", err)
 	}
-	file, err := os.Open(name)
-	if err != nil {
-		say(c.stderr, "Error: %v\n", err)
-		return exitUsage
-	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	info, err := replica.CheckSaved(interruptible{ctx, file})
-	if err := errors.Join(err, file.Close()); err != nil {
+	var info replica.SavedInfo
+	if err := withSnapshot(name, func(ctx context.Context, file io.ReadSeeker) (err error) {
+		info, err = replica.CheckSaved(interruptible{ctx, file})
+		return err
+	}); err != nil {
 		text, code := explainSnapshot(name, err)
 		say(c.stderr, "Error: %s\n", text)
 		return code
@@ -221,15 +229,16 @@ func (c *restoreCommand) Run(args []string) int {
 	if err != nil {
 		return usageError(c.stderr, "operator snapshot restore", err)
 	}
-	file, err := os.Open(name)
-	if err != nil {
+	if err := ownedByUs(c.dataDir); err != nil {
 		say(c.stderr, "Error: %v\n", err)
 		return exitUsage
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	id, info, err := restore(ctx, vfs.OS, c.dataDir, file, 0)
-	if err := errors.Join(err, file.Close()); err != nil {
+	var id identity
+	var info replica.SavedInfo
+	if err := withSnapshot(name, func(ctx context.Context, file io.ReadSeeker) (err error) {
+		id, info, err = restore(ctx, vfs.OS, c.dataDir, file, 0)
+		return err
+	}); err != nil {
 		text, code := explainSnapshot(name, err)
 		say(c.stderr, "Error: %s\nNothing was restored.\n", text)
 		return code
