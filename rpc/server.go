@@ -152,7 +152,7 @@ func New(cfg Config) (*Service, error) {
 		logger:    cfg.Logger,
 		version:   cfg.Version,
 		health:    health.NewServer(),
-		snapshots: make(chan struct{}, snapshotsAtOnce),
+		snapshots: make(chan struct{}, limits.Snapshots),
 		calls:     callCounter{limit: limits.OpenCalls, idle: make(chan struct{})},
 	}
 	if s.logger == nil {

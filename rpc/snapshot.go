@@ -14,17 +14,8 @@ import (
 	v1 "github.com/diurnalog/diurna/rpc/v1"
 )
 
-const (
-	// snapshotsAtOnce is how many are served at a time. Each holds a chunk in
-	// memory, and the files of the log open, so that what retention deletes takes
-	// up space until it is over.
-	snapshotsAtOnce = 2
-	// snapshotChunk is how much of one goes into a message.
-	snapshotChunk = 256 << 10
-)
-
-// snapshotStall is for how long a caller may take nothing. A variable for tests.
-var snapshotStall = time.Minute
+// snapshotChunk is how much of one goes into a message.
+const snapshotChunk = 256 << 10
 
 // Snapshot implements v1.AdminServer. It is never passed on: a node that does not
 // lead asks the leader how far it has to be, and is as good a source then.
@@ -37,7 +28,7 @@ func (a *adminService) Snapshot(req *v1.SnapshotRequest, stream grpc.ServerStrea
 	select {
 	case a.s.snapshots <- struct{}{}:
 	default:
-		return &tooManyCallsError{limit: snapshotsAtOnce, what: "snapshots"}
+		return &tooManyCallsError{limit: a.s.limits.Snapshots, what: "snapshots"}
 	}
 	done := func() { <-a.s.snapshots }
 	if !req.GetStale() {
@@ -68,16 +59,16 @@ func (a *adminService) Snapshot(req *v1.SnapshotRequest, stream grpc.ServerStrea
 		err := sendSnapshot(snap, stream, moved)
 		sent <- errors.Join(err, snap.Close())
 	}()
-	stall := time.NewTimer(snapshotStall)
+	stall := time.NewTimer(a.s.limits.SnapshotStall)
 	defer stall.Stop()
 	for {
 		select {
 		case err := <-sent:
 			return a.s.orShutdown(ctx, err, nil)
 		case <-moved:
-			stall.Reset(snapshotStall)
+			stall.Reset(a.s.limits.SnapshotStall)
 		case <-stall.C:
-			return fmt.Errorf("nothing of the snapshot was taken for %v: %w", snapshotStall, context.DeadlineExceeded)
+			return fmt.Errorf("nothing of the snapshot was taken for %v: %w", a.s.limits.SnapshotStall, context.DeadlineExceeded)
 		case <-ctx.Done():
 			return a.s.orShutdown(ctx, ctx.Err(), nil)
 		}

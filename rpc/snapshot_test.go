@@ -123,13 +123,13 @@ func firstOf(t *testing.T, admin v1.AdminClient, req *v1.SnapshotRequest) error 
 // TestSnapshotBounds: as many as there may be, no more; a caller that takes
 // nothing makes the node read no more than what fits on the way, and is given up.
 func TestSnapshotBounds(t *testing.T) {
-	defer func(was time.Duration) { snapshotStall = was }(snapshotStall)
-	snapshotStall = 300 * time.Millisecond
-	_, c := newCluster(t, []string{"a"}, nil)
+	_, c := newCluster(t, []string{"a"}, func(m *member, _ *ForwarderConfig) {
+		m.limits = Limits{Snapshots: 3, SnapshotStall: 300 * time.Millisecond}
+	})
 	admin := v1.NewAdminClient(c["a"].conn)
 	var streams []grpc.ServerStreamingClient[v1.SnapshotResponse]
 	var snaps []*bytesSnapshot
-	for range snapshotsAtOnce {
+	for range 3 {
 		snap := newBytesSnapshot(1 << 40)
 		c["a"].saved = snap
 		s, err := admin.Snapshot(testContext(t), &v1.SnapshotRequest{})
