@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -314,5 +315,45 @@ func TestSnapshotSaveInterrupted(t *testing.T) {
 	names, err := filepath.Glob(filepath.Join(dir, "*"))
 	if err != nil || len(names) != 2 {
 		t.Errorf("there are %v, %v", names, err)
+	}
+}
+
+// TestBackupGuide runs what docs/operations.md says of backing up and restoring, in
+// its order.
+func TestBackupGuide(t *testing.T) {
+	steps := guide(t, "Backing up and restoring")
+	n := startNode(t, t.TempDir())
+	values := numbered("r", 100)
+	produce(t, dial(t, n.addr), values...)
+	file, restored := filepath.Join(t.TempDir(), "orders.snapshot"), filepath.Join(t.TempDir(), "restored")
+	ran := map[string]bool{}
+	for _, step := range steps {
+		words := strings.Fields(strings.NewReplacer("orders.snapshot", file, "/var/lib/diurna", restored).Replace(step[1]))
+		if words[0] != "diurna" {
+			t.Fatalf("this test cannot run %q", step[1])
+		}
+		verb, args := words[len(words)-1], words[1:]
+		if len(words) > 3 {
+			verb = words[3]
+		}
+		switch verb {
+		case "save":
+			args = append([]string{"operator", "snapshot", "save", "-addr", n.addr}, words[4:]...)
+		case "status":
+			// The guide has started the restored node by now.
+			n.terminate(t)
+			n = startNode(t, restored)
+			args = append(args, "-addr", n.addr)
+		}
+		if code, stdout, stderr := runDiurna(t, "", args...); code != exitOK {
+			t.Fatalf("%q: exit %d\n%s%s", step[1], code, stdout, stderr)
+		}
+		ran[verb] = true
+	}
+	if !ran["save"] || !ran["inspect"] || !ran["restore"] || !ran["status"] {
+		t.Errorf("the guide has %q", steps)
+	}
+	if got := consume(t, dial(t, n.addr), 0); !slices.Equal(got, values) {
+		t.Errorf("there are %d records", len(got))
 	}
 }

@@ -62,6 +62,17 @@ func TestClusterQuorumLost(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// Without a quorum there is no snapshot of which it is known that it is up to
+	// date.
+	file := filepath.Join(t.TempDir(), "left.snapshot")
+	if code, _, stderr := runDiurna(t, "", "operator", "snapshot", "save", "-addr", c.nodes[0].listen, file); code != exitServer || !strings.Contains(stderr, client.ReasonNoLeader) {
+		t.Errorf("saved without a quorum: exit %d, %s", code, stderr)
+	}
+	var left snapshotJSON
+	runJSON(t, &left, "operator", "snapshot", "save", "-json", "-stale", "-addr", c.nodes[0].listen, file)
+	if left.Records == 0 || left.NextOffset > ack.NextOffset {
+		t.Errorf("what is left: %+v", left)
+	}
 	for _, step := range steps {
 		m, command := machines[step[0]], step[1]
 		if m == nil {

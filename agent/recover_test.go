@@ -3,13 +3,19 @@ package agent
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/diurnalog/diurna/discovery"
+	"github.com/diurnalog/diurna/discovery/discoverytest"
 	"github.com/diurnalog/diurna/logstore"
 	"github.com/diurnalog/diurna/logstore/replica"
 	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
@@ -214,5 +220,103 @@ func TestFullest(t *testing.T) {
 	other.ClusterID = "d"
 	if _, _, err := fullest([]survivor{s("a", 1, 1), other}); err == nil {
 		t.Error("nodes of two clusters were compared")
+	}
+}
+
+// TestCloseRecord: what the leader makes of the registry's record of the founding.
+func TestCloseRecord(t *testing.T) {
+	servers := []replica.Server{{ID: "n", Address: "n:1"}}
+	written := func(cluster string, done bool) founding {
+		return founding{ClusterID: cluster, Servers: []founder{{ID: "x", Address: "x:1"}}, Done: done}
+	}
+	ours := founding{ClusterID: "new", Servers: []founder{{ID: "n", Address: "n:1"}}, Done: true}
+	for name, tc := range map[string]struct {
+		before *founding
+		want   founding
+	}{
+		"none":                         {nil, ours},
+		"ours":                         {new(written("new", false)), written("new", true)},
+		"ours, done":                   {new(written("new", true)), written("new", true)},
+		"of the one before":            {new(written("old", true)), ours},
+		"of the one before, not done":  {new(written("old", false)), ours},
+		"of another cluster":           {new(written("other", true)), written("other", true)},
+		"of another cluster, not done": {new(written("other", false)), written("other", false)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			record := discoverytest.NewRegistry().New("c").Bootstrap()
+			if tc.before != nil {
+				b, err := json.Marshal(tc.before)
+				if err == nil {
+					_, err = record.Create(t.Context(), b)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			for range 2 {
+				if err := closeRecord(t.Context(), record, "new", "old", servers); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b, _, err := record.Get(t.Context())
+			var got founding
+			if err := errors.Join(err, json.Unmarshal(b, &got)); err != nil || !reflect.DeepEqual(got, tc.want) {
+				t.Errorf("it is %+v, %v; want %+v", got, err, tc.want)
+			}
+		})
+	}
+}
+
+// TestSuperseded: who is left over from a cluster that was recovered elsewhere, and
+// who only sees that somebody claims so.
+func TestSuperseded(t *testing.T) {
+	disk := vfstest.New()
+	data, err := openDataDir(disk, "n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := data.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	const ours, heir = "11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"
+	m := &membership{data: data, logger: hclog.NewNullLogger(), self: func() discovery.Node { return discovery.Node{ID: data.nodeID(), Cluster: "c"} }}
+	claim := answer{status: rpc.NodeStatus{NodeID: "h", Cluster: "c", ClusterID: heir, Supersedes: ours, State: "member"}}
+	if err := m.superseded([]answer{claim}, nil); err != nil {
+		t.Errorf("a node without a cluster: %v", err)
+	}
+	if err := data.join(ours); err != nil {
+		t.Fatal(err)
+	}
+	changed := func(change func(*answer)) answer {
+		a := claim
+		change(&a)
+		return a
+	}
+	led := []replica.Server{{ID: "l", Leader: true}}
+	mate := func(leader string) answer {
+		return answer{status: rpc.NodeStatus{NodeID: "m", Cluster: "c", ClusterID: ours, State: "member", LeaderID: leader}}
+	}
+	for name, tc := range map[string]struct {
+		answers []answer
+		servers []replica.Server
+		want    bool
+	}{
+		"nobody":                          {nil, nil, false},
+		"an heir":                         {[]answer{claim}, nil, true},
+		"an heir, and one like ourselves": {[]answer{mate(""), claim}, nil, true},
+		"we have a leader":                {[]answer{claim}, led, false},
+		"another of ours has a leader":    {[]answer{claim, mate("l")}, nil, false},
+		"an heir of others":               {[]answer{changed(func(a *answer) { a.status.Supersedes = heir })}, nil, false},
+		"another cluster's name":          {[]answer{changed(func(a *answer) { a.status.Cluster = "d" })}, nil, false},
+		"one that was removed":            {[]answer{changed(func(a *answer) { a.status.State = "removed" })}, nil, false},
+		"one that does not answer":        {[]answer{changed(func(a *answer) { a.err = errors.New("no") })}, nil, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := m.superseded(tc.answers, tc.servers); errors.Is(err, ErrSuperseded) != tc.want || (err != nil) != tc.want {
+				t.Errorf("got %v", err)
+			}
+		})
 	}
 }
