@@ -284,6 +284,9 @@ func (p *part) askForLeader(ctx context.Context) (address string) {
 
 // Snapshot implements rpc.Admin.
 func (p *part) Snapshot(ctx context.Context) (rpc.Snapshot, error) {
+	if !p.started() {
+		return nil, fmt.Errorf("%w: this node waits to be part of a cluster, and has nothing to save", rpc.ErrNoLeader)
+	}
 	saved, err := p.replica.Save(ctx, replica.SavedInfo{NodeID: p.data.nodeID(), ClusterName: p.cfg.Cluster.Name, Version: p.version})
 	if err != nil {
 		return nil, p.rpcError(err)
