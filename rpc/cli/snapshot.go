@@ -154,7 +154,11 @@ func (c *saveCommand) copy(ctx context.Context, cl *client.Client, w io.Writer) 
 		return ""
 	})
 	defer shown.stop()
-	return cl.Snapshot(ctx, m, client.SnapshotOptions{Stale: c.stale, OnInfo: func(i client.SnapshotInfo) { m.size.Store(i.Size) }})
+	info, err := cl.Snapshot(ctx, m, client.SnapshotOptions{Stale: c.stale, OnInfo: func(i client.SnapshotInfo) { m.size.Store(i.Size) }})
+	if err != nil && ctx.Err() != nil {
+		return info, errors.New("interrupted")
+	}
+	return info, err
 }
 
 // meter counts what is written.
