@@ -162,7 +162,7 @@ func (a *Agent) start(ctx context.Context, cfg *config.Config, opts Options) (er
 		return id.node, id.cluster
 	}
 	a.port = peer.NewPort(a.listen, peer.PortConfig{Self: self, Check: a.admit, TLS: a.security.port(), Failed: a.security.failed, Logger: opts.Logger.Named("port")})
-	a.members = &membership{neighbours: a.neighbours, probe: a.neighbours.forward.Status, data: a.data, logger: opts.Logger.Named("membership")}
+	a.members = &membership{neighbours: a.neighbours, probe: a.neighbours.forward.Status, data: a.data, logger: opts.Logger.Named("membership"), fail: a.fail}
 	if err := a.openReplica(cfg, opts, self); err != nil {
 		return err
 	}
@@ -182,6 +182,9 @@ func (a *Agent) start(ctx context.Context, cfg *config.Config, opts Options) (er
 	a.runBeside(cfg, opts)
 	id := a.data.identity()
 	started := []any{"id", id.node, "name", cfg.Node.Name, "address", a.address, "data_dir", dir, "cluster", id.cluster}
+	if was := a.replica.Supersedes(); was != "" {
+		started = append(started, "recovered_from", was)
+	}
 	if a.http != nil {
 		a.http.Start(a.fail)
 		started = append(started, "http", a.http.Addr())
@@ -359,7 +362,7 @@ func (a *Agent) runBeside(cfg *config.Config, opts Options) {
 		a.background.Go(func() { f.run(a.stopping) })
 	}
 	kick := make(chan struct{}, 1)
-	a.members.group, a.members.self = a.replica, a.part.self
+	a.members.group, a.members.self, a.members.supersedes = a.replica, a.part.self, a.replica.Supersedes
 	a.background.Go(func() { a.members.run(a.stopping, kick) })
 	a.background.Go(func() { a.watch(kick) })
 }

@@ -254,6 +254,16 @@ var everyCall = map[string]func(context.Context, *grpc.ClientConn) error{
 		_, err := v1.NewAdminClient(c).Leave(ctx, &v1.LeaveRequest{Id: "nobody"})
 		return err
 	},
+	v1.Admin_Snapshot_FullMethodName: func(ctx context.Context, c *grpc.ClientConn) error {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		s, err := v1.NewAdminClient(c).Snapshot(ctx, &v1.SnapshotRequest{})
+		if err != nil {
+			return err
+		}
+		_, err = s.Recv()
+		return err
+	},
 	v1.Peer_Status_FullMethodName: func(ctx context.Context, c *grpc.ClientConn) error {
 		_, err := v1.NewPeerClient(c).Status(ctx, &v1.StatusRequest{})
 		return err

@@ -15,6 +15,7 @@ import (
 
 var (
 	logPrefix    = "/" + v1.Log_ServiceDesc.ServiceName + "/"
+	adminPrefix  = "/" + v1.Admin_ServiceDesc.ServiceName + "/"
 	peerPrefix   = "/" + v1.Peer_ServiceDesc.ServiceName + "/"
 	healthPrefix = "/" + healthpb.Health_ServiceDesc.ServiceName + "/"
 )
@@ -54,7 +55,7 @@ func (s *Service) streaming(srv any, stream grpc.ServerStream, info *grpc.Stream
 	if err := s.admit(stream.Context(), info.FullMethod); err != nil {
 		return statusWith(err, map[string]string{MetaRequest: "0"}) // as below
 	}
-	if !strings.HasPrefix(info.FullMethod, logPrefix) && !strings.HasPrefix(info.FullMethod, peerPrefix) {
+	if !strings.HasPrefix(info.FullMethod, logPrefix) && !strings.HasPrefix(info.FullMethod, peerPrefix) && !strings.HasPrefix(info.FullMethod, adminPrefix) {
 		return s.foreign(srv, stream, info, handler)
 	}
 	if err := s.calls.begin(); err != nil {

@@ -107,6 +107,8 @@ type Service struct {
 	chunks chunkPool
 	conns  connTracker
 	calls  callCounter
+	// snapshots has a token for each that is under way.
+	snapshots chan struct{}
 	// consumers is how many ConsumeStreams are open.
 	consumers atomic.Int64
 	// background counts goroutines that outlive the call that started them,
@@ -154,6 +156,7 @@ func New(cfg Config) (*Service, error) {
 		logger:    cfg.Logger,
 		version:   cfg.Version,
 		health:    health.NewServer(),
+		snapshots: make(chan struct{}, limits.Snapshots),
 		calls:     callCounter{limit: limits.OpenCalls, idle: make(chan struct{})},
 	}
 	if s.logger == nil {

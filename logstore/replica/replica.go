@@ -143,7 +143,7 @@ func Open(cfg Config) (r *Replica, err error) {
 	r.machine.onShown, r.machine.onApplied = r.progress.advance, r.shown.Store
 	r.snapshots = r.newSnapshots()
 	r.machine.install = r.snapshots.install
-	r.store = &logStore{gens: r.gens, applied: r.applied, broken: r.broken, down: r.Err, rolled: r.retention.poke, full: r.space.hit}
+	r.store = &logStore{gens: r.gens, applied: r.applied, seam: &r.machine.seam, broken: r.broken, down: r.Err, rolled: r.retention.poke, full: r.space.hit}
 	r.retention.init(cfg.Retention)
 	if err := bootstrap(&r.cfg, files, r.store); err != nil {
 		return nil, err
