@@ -248,13 +248,12 @@ func (e *traceExporter) ExportSpans(ctx context.Context, spans []sdktrace.ReadOn
 	defer cancel()
 	defer context.AfterFunc(e.aborted, cancel)()
 	err := e.inner.ExportSpans(ctx, spans)
-	switch {
-	case err == nil:
+	if err == nil {
 		e.sent.Add(float64(len(spans)))
 		if e.lost.Load() {
 			e.logger.Info("the collector takes traces again", "endpoint", e.endpoint)
 		}
-	default:
+	} else {
 		e.failed.Add(float64(len(spans)))
 		if !e.lost.Load() {
 			e.logger.Warn("the collector takes no traces; they are dropped, and nothing else is affected", "endpoint", e.endpoint, "error", err)
