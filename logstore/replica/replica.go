@@ -50,9 +50,11 @@ type Replica struct {
 
 	failOnce sync.Once
 	failure  atomic.Pointer[error]
-	opened   chan struct{} // Open has returned
-	severed  chan struct{} // after a failure: everything is cut off
-	failed   chan struct{}
+	// lastTransfer is the last attempt to hand over that failed, see stuck.
+	lastTransfer atomic.Pointer[transfer]
+	opened       chan struct{} // Open has returned
+	severed      chan struct{} // after a failure: everything is cut off
+	failed       chan struct{}
 
 	closeOnce sync.Once
 	closeErr  error
