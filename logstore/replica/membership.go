@@ -262,22 +262,22 @@ func (r *Replica) TransferLeadership(ctx context.Context, id string) error {
 		return err
 	}
 	return r.changed(r.ask(ctx, func() error {
-		tried := r.attempt(to.ID)
 		err := r.raft.LeadershipTransferToServer(to.ID, to.Address).Error()
 		if err != nil {
-			r.lastTransfer.Store(&tried)
+			failed := r.transferTo(to.ID)
+			r.lastTransfer.Store(&failed)
 		}
 		return err
 	}))
 }
 
-// transfer is an attempt to hand leadership to a server, whose last entry was this.
+// transfer is an attempt to hand leadership to a server, and its last entry then.
 type transfer struct {
 	to         raft.ServerID
 	term, last uint64
 }
 
-func (r *Replica) attempt(to raft.ServerID) transfer {
+func (r *Replica) transferTo(to raft.ServerID) transfer {
 	c, _ := r.transport.contacts.get(string(to))
 	return transfer{to, r.raft.CurrentTerm(), c.last}
 }
@@ -288,7 +288,7 @@ func (r *Replica) attempt(to raft.ServerID) transfer {
 // two goroutines with it.
 func (r *Replica) stuck(to raft.ServerID) bool {
 	before := r.lastTransfer.Load()
-	return before != nil && *before == r.attempt(to) && before.last < r.raft.LastIndex()
+	return before != nil && *before == r.transferTo(to) && before.last < r.raft.LastIndex()
 }
 
 // successor is the most advanced voter that answers. Raft's own choice may be

@@ -344,8 +344,7 @@ func (r *Replica) close(ctx context.Context) error {
 		go func() { taken <- r.raft.Snapshot().Error() }()
 		select {
 		case snapErr := <-taken:
-			// Nor is there one of a group whose newest members are not agreed on.
-			if snapErr != nil && !errors.Is(snapErr, raft.ErrNothingNewToSnapshot) && !strings.HasPrefix(snapErr.Error(), "cannot take snapshot now") {
+			if snapErr != nil && !noSnapshotNow(snapErr) {
 				err = fmt.Errorf("snapshot: %w", snapErr)
 			}
 		case <-ctx.Done():
@@ -392,6 +391,14 @@ func (r *Replica) close(ctx context.Context) error {
 		return errors.Join(err, closeErr, ErrHangs)
 	}
 	return errors.Join(err, closeErr, finish())
+}
+
+// noSnapshotNow reports whether err only says that there is nothing to take a
+// snapshot of, or that Raft takes none at the moment: of a group whose newest
+// members are not agreed on, or while it clears up after an attempt to hand over.
+func noSnapshotNow(err error) bool {
+	return errors.Is(err, raft.ErrNothingNewToSnapshot) || errors.Is(err, raft.ErrLeadershipTransferInProgress) ||
+		strings.HasPrefix(err.Error(), "cannot take snapshot now")
 }
 
 // outlive returns a context that ends some time after ctx does.
