@@ -1,3 +1,8 @@
+//go:build !race
+
+// Nothing of this runs in the test's own process, so the race detector has nothing to
+// look at.
+
 package agent
 
 import (
@@ -19,6 +24,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/diurnalog/diurna/agent/config"
 	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
 )
 
@@ -108,6 +114,23 @@ func TestComposeImages(t *testing.T) {
 		if n := strings.Count(string(file), image); !ok || n == 0 || strings.Count(string(file), image+version) != n {
 			t.Errorf("scripts/%s/go.mod says %q; compose/compose.yaml should have it wherever it says %q", name, version, image)
 		}
+	}
+}
+
+// TestComposeConfiguration: the nodes of the stack take their configuration and their
+// policy, which is looked at without an engine.
+func TestComposeConfiguration(t *testing.T) {
+	dir := filepath.Join("..", "compose", "diurna.d")
+	over := []config.Override{
+		{Flag: "-advertise", Key: "listener.advertise", Value: "10.0.0.1:8400"},
+		{Flag: "-policy-file", Key: "acl.policy_file", Value: filepath.Join(dir, "policy.csv")},
+	}
+	if _, err := config.Load(config.Sources{Dirs: []string{dir}, Overrides: over}); err != nil {
+		t.Error(err)
+	}
+	code, stdout, stderr := runDiurna(t, "", "acl", "check", "spiffe://diurna.diurna/client/producer", "default", "produce", "-policy-file", filepath.Join(dir, "policy.csv"))
+	if code != exitOK {
+		t.Errorf("acl check: exit %d\n%s%s", code, stdout, stderr)
 	}
 }
 
@@ -451,7 +474,7 @@ func (s *stack) followPage() {
 				s.note("there is no curl here, so this is not tried: %s", command)
 				continue
 			}
-			here := []string{"scripts/compose.sh", filepath.Join(s.top, "scripts", "compose.sh"), "bin/image/diurna", diurna(s.t), "logs -f ", "logs "}
+			here := []string{"scripts/compose.sh", filepath.Join(s.top, "scripts", "compose.sh"), "bin/linux/diurna", diurna(s.t), "logs -f ", "logs "}
 			if strings.Contains(command, "localhost:") { // at another port after each start
 				here = append(here, "localhost:8400", s.port("n1", "8400/tcp"), "localhost:8402", s.port("n1", "8402/tcp"))
 			}
