@@ -145,6 +145,7 @@ type stack struct {
 	project string
 	env     []string
 	picked  []string
+	ids     map[string]string // of services' containers, since the last up
 	// What was produced so far: how many records, and the sum of their lines.
 	records int
 	sum     interface {
@@ -259,6 +260,10 @@ func (s *stack) up() {
 		}
 		_, text, err = s.try(s.ctx, 5*time.Minute, nil, "scripts/compose.sh", "up", "-d")
 		if err == nil {
+			s.ids = make(map[string]string)
+			for _, service := range append([]string{"consul"}, stackNodes...) {
+				s.ids[service] = strings.TrimSpace(string(s.compose(nil, "ps", "-q", service)))
+			}
 			return
 		}
 		if !strings.Contains(text, "overlap") {
@@ -284,7 +289,7 @@ func (s *stack) pick() string {
 // is nothing to be told by.
 func (s *stack) until(what string, ok func() error) {
 	s.t.Helper()
-	deadline := time.Now().Add(2 * patience)
+	deadline := time.Now().Add(3 * patience)
 	why := ""
 	for {
 		err := ok()
@@ -320,7 +325,7 @@ type nodeSays struct {
 // status asks a node, in its own container.
 func (s *stack) status(node string) (says nodeSays, err error) {
 	// A node that is unwell says so, and in an exit code.
-	out, text, err := s.try(s.ctx, time.Minute, nil, "scripts/compose.sh", "exec", "-T", node, "/bin/diurna", "status", "-json")
+	out, text, err := s.try(s.ctx, time.Minute, nil, "docker", "exec", s.ids[node], "/bin/diurna", "status", "-json")
 	if jerr := json.Unmarshal(out, &says); jerr != nil {
 		return says, fmt.Errorf("%s: %w: %v: %s%s", node, jerr, err, text, out)
 	}
@@ -346,7 +351,7 @@ func (s *stack) awaitVoters() {
 func (s *stack) awaitRegistered() {
 	s.t.Helper()
 	s.until("Consul lists three nodes", func() error {
-		out, text, err := s.try(s.ctx, time.Minute, nil, "scripts/compose.sh", "exec", "-T", "consul",
+		out, text, err := s.try(s.ctx, time.Minute, nil, "docker", "exec", s.ids["consul"],
 			"wget", "-q", "-O", "-", "http://127.0.0.1:8500/v1/health/service/diurna?passing")
 		if err != nil {
 			return fmt.Errorf("%w: %s", err, text)
@@ -502,8 +507,7 @@ func (s *stack) followPage() {
 // port is where a port of a service is reached from this machine.
 func (s *stack) port(service, port string) string {
 	s.t.Helper()
-	container := strings.TrimSpace(string(s.compose(nil, "ps", "-q", service)))
-	out := s.run(time.Minute, nil, "docker", "inspect", "-f", fmt.Sprintf("{{ (index .NetworkSettings.Ports %q 0).HostPort }}", port), container)
+	out := s.run(time.Minute, nil, "docker", "inspect", "-f", fmt.Sprintf("{{ (index .NetworkSettings.Ports %q 0).HostPort }}", port), s.ids[service])
 	return "127.0.0.1:" + strings.TrimSpace(string(out))
 }
 
@@ -528,8 +532,7 @@ func (s *stack) resolve() {
 // at the address that it had.
 func (s *stack) cut(node string) (reconnect func()) {
 	s.t.Helper()
-	container := strings.TrimSpace(string(s.compose(nil, "ps", "-q", node)))
-	network := s.project + "_default"
+	container, network := s.ids[node], s.project+"_default"
 	address := strings.TrimSpace(string(s.run(time.Minute, nil, "docker", "inspect", "-f",
 		fmt.Sprintf("{{ (index .NetworkSettings.Networks %q).IPAddress }}", network), container)))
 	s.run(time.Minute, nil, "docker", "network", "disconnect", network, container)
