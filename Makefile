@@ -69,15 +69,15 @@ compose-down: ## Stop them, and keep their data (ARGS=-v: and remove it)
 	@scripts/compose.sh --profile tools --profile example down $(ARGS)
 
 .PHONY: test
-test: vet proto-check consul vault ## Vet, check that generated code is fresh, run all tests
+test: vet proto-check consul nomad vault ## Vet, check that generated code is fresh, run all tests
 	$(GO) test -timeout 15m $(PKG)
 
 .PHONY: race
-race: consul vault ## Run all tests with the race detector (needs a C compiler)
+race: consul nomad vault ## Run all tests with the race detector (needs a C compiler)
 	GORACE='suppressions=$(CURDIR)/scripts/race.txt' CGO_ENABLED=1 $(GO) test -race -timeout 30m $(PKG)
 
 .PHONY: soak
-soak: consul vault ## Run the same tests for hours: more crashes, bit flips and kills
+soak: consul nomad vault ## Run the same tests for hours: more crashes, bit flips and kills
 	DIURNA_SOAK=1 DIURNA_CRASH_POINTS=$(DIURNA_CRASH_POINTS) DIURNA_FLIPS=$(DIURNA_FLIPS) DIURNA_KILLS=$(DIURNA_KILLS) \
 		DIURNA_HISTORIES=$(DIURNA_HISTORIES) DIURNA_ROUNDS=$(DIURNA_ROUNDS) \
 		DIURNA_CLUSTER_KILLS=$(DIURNA_CLUSTER_KILLS) DIURNA_JOIN_MIB=$(DIURNA_JOIN_MIB) DIURNA_CONSUL_OUTAGE=$(DIURNA_CONSUL_OUTAGE) DIURNA_CERT_LIFE=$(DIURNA_CERT_LIFE) \
@@ -138,11 +138,15 @@ $(TOOLS)/protoc-gen-go-$(PROTOC_GEN_GO_VERSION):
 $(TOOLS)/protoc-gen-go-grpc-$(PROTOC_GEN_GO_GRPC_VERSION):
 	$(call install,protoc-gen-go-grpc,google.golang.org/grpc/cmd/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSION))
 
-# Tests run against a real Consul and a real Vault. The scripts know the versions
+# Tests run against a real Consul, Nomad and Vault. The scripts know the versions
 # and build only where there is none; their stamps are like the others'.
 .PHONY: consul
 consul: ## Have a consul for tests: the one on the PATH, or one built into .tools
 	@path=$$(GO='$(GO)' scripts/consul.sh) && echo "consul: $$path"
+
+.PHONY: nomad
+nomad: ## Have a nomad for tests: the one on the PATH, or one built into .tools
+	@path=$$(GO='$(GO)' scripts/nomad.sh) && echo "nomad: $$path"
 
 .PHONY: vault
 vault: ## Have a vault for tests: the one on the PATH, or one built into .tools

@@ -290,3 +290,25 @@ raft {
   # what was appended since.
   snapshot_interval = "5s"
 }
+
+telemetry {
+  # Whether /debug/pprof/ serves profiles of the process, beside the metrics. With
+  # acl they take the action "admin"; without tls, whoever reaches listener.http
+  # may have them.
+  pprof = false
+
+  # Where to send traces of produce and consume: the host:port of an OpenTelemetry
+  # collector that takes OTLP by gRPC, such as "127.0.0.1:4317". Empty traces
+  # nothing. A collector that is down costs traces, and nothing else.
+  otlp_endpoint = ""
+
+  # Whether to send them in plaintext.
+  otlp_insecure = false
+
+  # Else, who vouches for the collector. Empty: the machine's roots.
+  otlp_ca_file = ""
+
+  # Of how many calls one is traced. Where the caller has decided it, by a
+  # traceparent, that counts.
+  sample_one_in = 100
+}

@@ -32,10 +32,15 @@ type Options struct {
 	// wherever that was noticed. Default: nothing; see Agent.Failed.
 	OnFatal func(error)
 
+	// raft is what the process's Raft tells of itself; nil where it has several.
+	raft *raftSink
+
 	// Where tests have the disk, the network or the registry fail.
 	fs       vfs.FS
 	network  peer.Network
 	discover func(*config.Config) (discovery.Discovery, error)
+	// and where they have less patience with a collector of traces.
+	traceRetry time.Duration
 }
 
 func (o Options) withDefaults() Options {
@@ -47,6 +52,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.fs == nil {
 		o.fs = vfs.OS
+	}
+	if o.traceRetry == 0 {
+		o.traceRetry = traceRetry
 	}
 	if o.network == nil {
 		o.network = peer.TCP
@@ -77,7 +85,10 @@ type Agent struct {
 	rpc        *rpc.Service
 	http       *httpServer // nil: there is none
 	metrics    *prometheus.Registry
+	live       *live
+	tracing    *tracing // nil: nobody asked for traces
 	part       *part
+	readiness  readiness
 	members    *membership
 
 	failed  chan error // see Failed
@@ -105,7 +116,8 @@ type Agent struct {
 // nothing is left behind. See Again for errors after which to try again.
 func Start(ctx context.Context, cfg *config.Config, opts Options) (*Agent, error) {
 	opts = opts.withDefaults()
-	a := &Agent{logger: opts.Logger, config: cfg, failed: make(chan error, 1), ready: make(chan struct{})}
+	a := &Agent{logger: opts.Logger, config: cfg, live: newLive(), failed: make(chan error, 1), ready: make(chan struct{})}
+	a.readiness.stable = cfg.Raft.HeartbeatTimeout
 	a.stopping, a.halt = context.WithCancel(context.Background())
 	a.registered, a.deregister = context.WithCancel(context.Background())
 	if err := a.start(ctx, cfg, opts); err != nil {
@@ -150,7 +162,7 @@ func (a *Agent) start(ctx context.Context, cfg *config.Config, opts Options) (er
 		return id.node, id.cluster
 	}
 	a.port = peer.NewPort(a.listen, peer.PortConfig{Self: self, Check: a.admit, TLS: a.security.port(), Failed: a.security.failed, Logger: opts.Logger.Named("port")})
-	a.members = &membership{neighbours: a.neighbours, probe: a.neighbours.forward.Status, data: a.data, logger: opts.Logger.Named("membership")}
+	a.members = &membership{neighbours: a.neighbours, probe: a.neighbours.forward.Status, data: a.data, logger: opts.Logger.Named("membership"), fail: a.fail}
 	if err := a.openReplica(cfg, opts, self); err != nil {
 		return err
 	}
@@ -158,15 +170,21 @@ func (a *Agent) start(ctx context.Context, cfg *config.Config, opts Options) (er
 		cfg: cfg, data: a.data, replica: a.replica, neighbours: a.neighbours, security: a.security,
 		address: a.address, version: opts.Version, left: make(chan struct{}),
 	}
-	if err := a.openMetrics(); err != nil {
+	if a.tracing, err = openTracing(cfg, opts, a.data.nodeID()); err != nil {
 		return err
 	}
 	if err := a.serve(cfg, opts); err != nil {
 		return err
 	}
+	if err := a.openMetrics(cfg, opts); err != nil {
+		return err
+	}
 	a.runBeside(cfg, opts)
 	id := a.data.identity()
 	started := []any{"id", id.node, "name", cfg.Node.Name, "address", a.address, "data_dir", dir, "cluster", id.cluster}
+	if was := a.replica.Supersedes(); was != "" {
+		started = append(started, "recovered_from", was)
+	}
 	if a.http != nil {
 		a.http.Start(a.fail)
 		started = append(started, "http", a.http.Addr())
@@ -240,6 +258,7 @@ func (a *Agent) openReplica(cfg *config.Config, opts Options, self func() (strin
 			Members:                 a.members.witness,
 		},
 		ScrubInterval: cfg.Log.ScrubInterval,
+		Observer:      a.live.observer(),
 		Logger:        opts.Logger.Named("raft"),
 		OnFatal:       a.fatal(opts.OnFatal),
 	})
@@ -288,7 +307,7 @@ func (a *Agent) fail(err error) {
 
 func (a *Agent) serve(cfg *config.Config, opts Options) (err error) {
 	service := rpc.Config{
-		Log:     newService(a.replica, a.part),
+		Log:     newService(a.replica, a.part, a.live.read, a.tracing),
 		Cluster: a.part,
 		Admin:   a.part,
 		Peer:    a.part,
@@ -302,6 +321,9 @@ func (a *Agent) serve(cfg *config.Config, opts Options) (err error) {
 		Logger:  opts.Logger.Named("rpc"),
 		Version: opts.Version,
 		Audit:   a.security.audited,
+
+		Observer: a.live,
+		Options:  a.tracing.serverOptions(),
 	}
 	if a.security.identity != nil {
 		service.Caller = a.security.caller
@@ -340,7 +362,7 @@ func (a *Agent) runBeside(cfg *config.Config, opts Options) {
 		a.background.Go(func() { f.run(a.stopping) })
 	}
 	kick := make(chan struct{}, 1)
-	a.members.group, a.members.self = a.replica, a.part.self
+	a.members.group, a.members.self, a.members.supersedes = a.replica, a.part.self, a.replica.Supersedes
 	a.background.Go(func() { a.members.run(a.stopping, kick) })
 	a.background.Go(func() { a.watch(kick) })
 }
@@ -357,6 +379,9 @@ func (a *Agent) watch(kick chan<- struct{}) {
 	for {
 		changed := a.replica.LeaderChanges()
 		serving := a.announce()
+		a.readiness.look(a.part.condition(), time.Now())
+		st := a.replica.Status()
+		a.live.led(st.LeaderID, st.Term)
 		a.rpc.SetServing(serving && a.stopping.Err() == nil)
 		if serving {
 			a.readyOnce.Do(func() { close(a.ready) })
@@ -496,6 +521,8 @@ func (a *Agent) stop(ctx context.Context, doing func(string)) error {
 		err = errors.Join(err, a.http.Shutdown(draining))
 		cancel()
 	}
+	doing("sending the last traces")
+	err = errors.Join(err, a.tracing.close(ctx))
 	doing("deregistering")
 	a.registering.Wait()
 	a.background.Wait()

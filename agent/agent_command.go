@@ -37,6 +37,7 @@ type agentCommand struct {
 	now  func() time.Time
 
 	asked time.Time // when the first request to stop came
+	raft  *raftSink // what Raft tells of itself, whichever node runs
 }
 
 // echo is how soon after a signal the same one is taken for an echo of it, and
@@ -115,6 +116,11 @@ func (c *agentCommand) Run(args []string) int {
 	held := ballast()
 	defer runtime.KeepAlive(held)
 	logger := newLogger(cfg, c.stderr)
+	var err error
+	if c.raft, err = tellRaft(); err != nil {
+		c.fail(cfg, logger, "cannot start", err)
+		return exitUsage
+	}
 	// Before anything that a signal would have to end cleanly.
 	signals, unsubscribe := c.signals()
 	defer unsubscribe()
@@ -197,7 +203,7 @@ func (c *agentCommand) heal(cfg *config.Config, logger hclog.Logger, signals <-c
 }
 
 func (c *agentCommand) agentOptions(cfg *config.Config, logger hclog.Logger) Options {
-	return Options{Logger: logger, Version: c.version, fs: c.fs, OnFatal: func(err error) {
+	return Options{Logger: logger, Version: c.version, fs: c.fs, raft: c.raft, OnFatal: func(err error) {
 		c.diskFailed(cfg, logger, err)
 		c.exit(exitStorage)
 	}}

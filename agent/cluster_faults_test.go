@@ -25,13 +25,20 @@ type load struct {
 
 func startLoad(t testing.TB, n int, addresses []string) *load {
 	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
-	l := &load{cancel: cancel, errs: make([]error, n)}
+	var producers []*steady
 	for i := range n {
 		// Each begins at another node.
 		turned := append(slices.Clone(addresses[i%len(addresses):]), addresses[:i%len(addresses)]...)
-		s := newSteady(t, fmt.Sprintf("p%d", i), turned)
-		l.producers = append(l.producers, s)
+		producers = append(producers, newSteady(t, fmt.Sprintf("p%d", i), turned))
+	}
+	return loadOf(t, producers)
+}
+
+func loadOf(t testing.TB, producers []*steady) *load {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	l := &load{producers: producers, cancel: cancel, errs: make([]error, len(producers))}
+	for i, s := range producers {
 		l.running.Go(func() { l.errs[i] = s.run(ctx) })
 	}
 	t.Cleanup(func() { cancel(); l.running.Wait() })

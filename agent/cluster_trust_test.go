@@ -102,6 +102,12 @@ func (c *trustedCluster) write(t testing.TB, name string, content []byte) string
 // clientFiles has Vault issue a client's certificate.
 func (c *trustedCluster) clientFiles(t testing.TB, name string) *client.TLSFiles {
 	t.Helper()
+	return c.issue(t, "test", name)
+}
+
+// issue is clientFiles for any cluster.
+func (c *trustedCluster) issue(t testing.TB, cluster, name string) *client.TLSFiles {
+	t.Helper()
 	var issued struct {
 		Data struct {
 			Certificate string   `json:"certificate"`
@@ -110,7 +116,7 @@ func (c *trustedCluster) clientFiles(t testing.TB, name string) *client.TLSFiles
 		} `json:"data"`
 	}
 	out := c.vault.Run(t, "write", "-format=json", "pki_diurna/issue/diurna-client", "common_name="+name,
-		"exclude_cn_from_sans=true", "uri_sans=spiffe://test.diurna/client/"+name)
+		"exclude_cn_from_sans=true", fmt.Sprintf("uri_sans=spiffe://%s.diurna/client/%s", cluster, name))
 	if err := json.Unmarshal([]byte(out), &issued); err != nil {
 		t.Fatal(err)
 	}
@@ -169,7 +175,7 @@ func (c *trustedCluster) http(t testing.TB, m *member, path string) []byte {
 	return body
 }
 
-func (c *trustedCluster) clientTLS(t testing.TB) *tls.Config {
+func (c *processCluster) clientTLS(t testing.TB) *tls.Config {
 	t.Helper()
 	pair, err := tls.LoadX509KeyPair(c.files.CertFile, c.files.KeyFile)
 	if err != nil {

@@ -36,7 +36,12 @@ func Commands(version string) map[string]cli.CommandFactory {
 		"debug segment":   verb(newSegmentCommand(os.Stdout, os.Stderr)),
 		"tls ca create":   verb(newTLSCACommand(os.Args[0], os.Stdout, os.Stderr)),
 		"tls cert create": verb(newTLSCertCommand(os.Args[0], os.Stdout, os.Stderr)),
-		"validate":        verb(&validateCommand{stdout: os.Stdout, stderr: os.Stderr}),
+
+		"operator raft recover":     verb(&recoverCommand{stdout: os.Stdout, stderr: os.Stderr}),
+		"operator snapshot inspect": verb(&inspectSnapshotCommand{stdout: os.Stdout, stderr: os.Stderr}),
+		"operator snapshot restore": verb(&restoreCommand{stdout: os.Stdout, stderr: os.Stderr}),
+
+		"validate": verb(&validateCommand{stdout: os.Stdout, stderr: os.Stderr}),
 	}
 }
 

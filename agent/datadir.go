@@ -36,6 +36,9 @@ var ErrForeign = errors.New("not a Diurna data directory")
 //	node    format version, and who the node is
 //	peers   where the others were last seen
 //	lock    held by the process that uses the directory
+//	restoring          a restore that is under way or was interrupted, see restore.go
+//	recovering         a recovery that was begun and not finished, see recover.go
+//	before-recovery-*/ what a recovery has replaced
 //	logs/   one directory for each log, see package replica; logs-2/, logs-3/ …
 //	        where the node had to begin anew, see renew
 type dataDir struct {
@@ -55,7 +58,8 @@ type dataDir struct {
 type identity struct {
 	node string // a UUID, drawn when the directory was made or renewed
 	// cluster is the id of the cluster that the node belongs to, empty before
-	// it does. It is never changed afterwards.
+	// it does. It is never changed afterwards, but where an operator has the
+	// node go on without the others, see recover.go.
 	cluster string
 	// former are the node's earlier ids, the last one first, up to formerKept.
 	former []string
@@ -77,12 +81,9 @@ func openDataDir(fsys vfs.FS, path string) (d *dataDir, err error) {
 			return nil, fmt.Errorf("make data directory: %w", advise(err))
 		}
 	}
-	lock, err := fsys.Lock(filepath.Join(path, lockFile))
-	if errors.Is(err, vfs.ErrLocked) {
-		return nil, fmt.Errorf("data directory %s is in use by another process: stop that one, or choose another -data-dir", path)
-	}
+	lock, err := lockDataDir(fsys, path)
 	if err != nil {
-		return nil, fmt.Errorf("data directory %s: %w", path, advise(err))
+		return nil, err
 	}
 	defer func() {
 		if err != nil {
@@ -102,9 +103,30 @@ func openDataDir(fsys vfs.FS, path string) (d *dataDir, err error) {
 	if err != nil {
 		return nil, err
 	}
-	d = &dataDir{fs: fsys, path: path, lock: lock, writing: make(chan struct{}, 1)}
+	switch plan, err := readRecoveryPlan(fsys, path); {
+	case err != nil:
+		return nil, err
+	case plan != nil:
+		return nil, fmt.Errorf("%s: a recovery was begun and not finished: run `diurna operator raft recover -data-dir %s -confirm` again", path, path)
+	}
+	d = newDataDir(fsys, path, lock)
 	d.id.Store(&id)
 	return d, nil
+}
+
+func newDataDir(fsys vfs.FS, path string, lock io.Closer) *dataDir {
+	return &dataDir{fs: fsys, path: path, lock: lock, writing: make(chan struct{}, 1)}
+}
+
+func lockDataDir(fsys vfs.FS, path string) (io.Closer, error) {
+	lock, err := fsys.Lock(filepath.Join(path, lockFile))
+	if errors.Is(err, vfs.ErrLocked) {
+		return nil, fmt.Errorf("data directory %s is in use by another process: stop that one, or choose another -data-dir", path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("data directory %s: %w", path, advise(err))
+	}
+	return lock, nil
 }
 
 func (d *dataDir) identity() identity { return *d.id.Load() }
@@ -197,18 +219,24 @@ func inspectDataDir(fsys vfs.FS, path string) (fresh bool, err error) {
 		return true, nil
 	case err != nil:
 		return false, fmt.Errorf("data directory: %w", advise(err))
+	case slices.Contains(names, restoringFile):
+		return false, fmt.Errorf("%s: a restore into it was interrupted: do it again, or empty it", path)
 	case slices.Contains(names, nodeFile):
 		_, err := readNodeFile(fsys, path)
 		return false, err
 	}
 	for _, name := range names {
-		// lost+found is what a new filesystem has; the others are what a crash
-		// in the making leaves.
-		if name != "lost+found" && name != lockFile && name != nodeFile+vfs.TempSuffix {
+		if !beginsDataDir(name) {
 			return false, fmt.Errorf("%s: %w: it has %q in it, but no file %q; choose an empty -data-dir", path, ErrForeign, name, nodeFile)
 		}
 	}
 	return true, nil
+}
+
+// beginsDataDir tells whether a name is of what a new filesystem has, or of what a
+// crash leaves when a data directory is made.
+func beginsDataDir(name string) bool {
+	return name == "lost+found" || name == lockFile || name == nodeFile+vfs.TempSuffix || name == restoringFile+vfs.TempSuffix
 }
 
 // advise says what to do about the mistakes that one makes with a path.

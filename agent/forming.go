@@ -240,15 +240,34 @@ func (f *forming) fresh(ctx context.Context, snapshot discovery.Snapshot, expect
 }
 
 // closeRecord marks the record as history, by the leader of the cluster that it
-// founded.
-func closeRecord(ctx context.Context, record discovery.Record, clusterID string) error {
+// founded, or of one that was recovered from that. Where there is none, because
+// the registry was wiped or the cluster was restored from a snapshot, it writes
+// one: nodes that have nothing must not found another cluster beside this one.
+func closeRecord(ctx context.Context, record discovery.Record, clusterID, supersedes string, servers []replica.Server) error {
 	value, version, err := record.Get(ctx)
-	if err != nil || value == nil {
-		return err // a registry that was wiped needs no record
+	if err != nil {
+		return err
+	}
+	ours := founding{ClusterID: clusterID, Done: true}
+	for _, s := range servers {
+		ours.Servers = append(ours.Servers, founder{ID: s.ID, Address: s.Address})
+	}
+	if value == nil {
+		if value, err = json.Marshal(ours); err != nil {
+			return err
+		}
+		_, err = record.Create(ctx, value)
+		return err
 	}
 	var r founding
-	if err := json.Unmarshal(value, &r); err != nil || r.Done || r.ClusterID != clusterID {
+	if err := json.Unmarshal(value, &r); err != nil {
 		return err
+	}
+	switch {
+	case r.ClusterID == supersedes && supersedes != "":
+		r = ours
+	case r.Done || r.ClusterID != clusterID:
+		return nil
 	}
 	r.Done = true
 	if value, err = json.Marshal(r); err != nil {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"strings"
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/net/netutil"
 	"google.golang.org/grpc/codes"
 
+	ident "github.com/diurnalog/diurna/agent/identity"
 	"github.com/diurnalog/diurna/rpc"
 )
 
@@ -32,9 +34,10 @@ type httpConfig struct {
 	// configuration as it is then. Protocols and whether clients need a
 	// certificate are decided here.
 	TLS func() *tls.Config
-	// Authorize, if set, is asked whether a client may monitor, by its verified
-	// certificate. It refuses with a *rpc.DeniedError. It needs TLS.
-	Authorize func(*tls.ConnectionState) error
+	// Authorize, if set, is asked whether a client may do something, by its
+	// verified certificate: ident.ActionMonitor or ident.ActionAdmin. It refuses
+	// with a *rpc.DeniedError. It needs TLS.
+	Authorize func(state *tls.ConnectionState, action string) error
 	// Health tells whether the node can be sent to, and why not.
 	Health func() (ready bool, why string)
 	// Status and Servers are what the node says of itself and of the others.
@@ -46,6 +49,8 @@ type httpConfig struct {
 	Certificate func() (certificateStatus, bool)
 	// Metrics is what /v1/metrics shows.
 	Metrics prometheus.Gatherer
+	// Profiles serves those of the process, below /debug/pprof/.
+	Profiles bool
 	// MaxConnections defaults to 128; further ones wait.
 	MaxConnections int
 	// Logger defaults to none.
@@ -70,6 +75,7 @@ const (
 	reasonNotFound = "NOT_FOUND"
 	reasonMethod   = "METHOD_NOT_ALLOWED"
 	reasonNotReady = "NOT_READY"
+	reasonBadQuery = "BAD_QUERY"
 )
 
 // Limits of a request. None has a body, and all answers are small.
@@ -91,13 +97,20 @@ type httpServer struct {
 	server *http.Server
 	routes map[string]route
 	done   sync.WaitGroup
+
+	// ending ends with the beginning of Shutdown, for requests that would take
+	// longer than it.
+	ending context.Context
+	end    context.CancelFunc
 }
 
 // route is what answers at a path.
 type route struct {
 	// open is for everybody, also where the rest takes a certificate: who
 	// restarts a node that seems dead has none.
-	open  bool
+	open bool
+	// admin is for those who may do more than look.
+	admin bool
 	serve http.HandlerFunc
 }
 
@@ -118,6 +131,7 @@ func newHTTP(cfg httpConfig) (*httpServer, error) {
 		cfg.MaxConnections = httpConnections
 	}
 	h := &httpServer{cfg: cfg}
+	h.ending, h.end = context.WithCancel(context.Background())
 	h.routes = map[string]route{
 		"/v1/health/live":  {open: true, serve: h.live},
 		"/v1/health/ready": {open: true, serve: h.ready},
@@ -128,6 +142,9 @@ func newHTTP(cfg httpConfig) (*httpServer, error) {
 			ErrorHandling: promhttp.ContinueOnError,
 			ErrorLog:      promLog{cfg.Logger},
 		}).ServeHTTP},
+	}
+	if cfg.Profiles {
+		maps.Copy(h.routes, profiles(h))
 	}
 	var err error
 	if h.listen, err = cfg.Listen(cfg.Address); err != nil {
@@ -193,6 +210,7 @@ func (h *httpServer) tlsConfig(hello *tls.ClientHelloInfo) (*tls.Config, error) 
 // Shutdown answers what is under way and ends. What is left when ctx ends is cut
 // off, and ctx's error returned.
 func (h *httpServer) Shutdown(ctx context.Context) error {
+	h.end()
 	err := h.server.Shutdown(ctx)
 	if err != nil {
 		err = fmt.Errorf("shut down HTTP: %w", errors.Join(err, ignoreClosed(h.server.Close())))
@@ -235,14 +253,15 @@ func (h *httpServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.fail(w, http.StatusMethodNotAllowed, reasonMethod, "This is only to be looked at: use GET.")
 		return
 	}
-	if !route.open && !h.admit(w, r) {
+	if !route.open && !h.admit(w, r, route) {
 		return
 	}
 	route.serve(w, r)
 }
 
-// admit lets only those through who may monitor, and answers the others.
-func (h *httpServer) admit(w http.ResponseWriter, r *http.Request) bool {
+// admit lets only those through who may do what a route does, and answers the
+// others.
+func (h *httpServer) admit(w http.ResponseWriter, r *http.Request, route route) bool {
 	if h.cfg.TLS == nil {
 		return true
 	}
@@ -253,7 +272,11 @@ func (h *httpServer) admit(w http.ResponseWriter, r *http.Request) bool {
 	if h.cfg.Authorize == nil {
 		return true
 	}
-	if err := h.cfg.Authorize(r.TLS); err != nil {
+	action := ident.ActionMonitor
+	if route.admin {
+		action = ident.ActionAdmin
+	}
+	if err := h.cfg.Authorize(r.TLS, action); err != nil {
 		h.failWith(w, err)
 		return false
 	}

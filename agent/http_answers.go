@@ -6,7 +6,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/diurnalog/diurna/rpc"
+	"github.com/diurnalog/diurna/rpc/client"
 )
 
 func (h *httpServer) paths() []string { return slices.Sorted(maps.Keys(h.routes)) }
@@ -117,70 +117,19 @@ func (h *httpServer) status(w http.ResponseWriter, r *http.Request) {
 	h.answer(w, http.StatusOK, j)
 }
 
-// serversListJSON is what `diurna servers -local -json` prints.
-type serversListJSON struct {
-	AnsweredBy string       `json:"answered_by"`
-	Servers    []serverJSON `json:"servers"`
-}
-
-type serverJSON struct {
-	ID             string     `json:"id"`
-	Name           string     `json:"name"`
-	Address        string     `json:"address"`
-	Role           string     `json:"role"`
-	Leader         bool       `json:"leader"`
-	Term           uint64     `json:"term,omitempty"`
-	LastContact    string     `json:"last_contact,omitempty"`
-	AppliedIndex   uint64     `json:"applied_index,omitempty"`
-	FirstOffset    *uint64    `json:"first_offset,omitempty"`
-	HighWatermark  *uint64    `json:"high_watermark,omitempty"`
-	Version        string     `json:"version,omitempty"`
-	Healthy        *bool      `json:"healthy,omitempty"`
-	StableSince    *time.Time `json:"stable_since,omitempty"`
-	State          string     `json:"state,omitempty"`
-	CatalogAddress string     `json:"catalog_address,omitempty"`
-	Build          string     `json:"build,omitempty"`
-	// CertificateExpires is there only with TLS.
-	CertificateExpires *time.Time `json:"certificate_expires,omitempty"`
-}
-
+// servers answers what `diurna servers -local -json` prints.
 func (h *httpServer) servers(w http.ResponseWriter, r *http.Request) {
 	list, err := h.cfg.Servers(r.Context())
 	if err != nil {
 		h.failWith(w, err)
 		return
 	}
-	out := serversListJSON{AnsweredBy: list.Self, Servers: []serverJSON{}}
+	out := client.ServerList{AnsweredBy: list.Self}
 	for _, n := range list.Servers {
-		out.Servers = append(out.Servers, toServerJSON(list.Self, n))
+		// The same, field by field, or this does not compile.
+		out.Servers = append(out.Servers, client.Server(n))
 	}
-	h.answer(w, http.StatusOK, out)
-}
-
-func toServerJSON(self string, n rpc.Server) serverJSON {
-	j := serverJSON{
-		ID: n.ID, Name: n.Name, Address: n.Address, Role: "nonvoter", Leader: n.Leader, Term: n.Term,
-		AppliedIndex: n.AppliedIndex, Version: n.Version, Healthy: n.Healthy, State: n.State, CatalogAddress: n.CatalogAddress, Build: n.Build,
-	}
-	if n.Voter {
-		j.Role = "voter"
-	}
-	if !n.Leader {
-		j.LastContact = contactJSON(n.LastContact)
-	}
-	if !n.StableSince.IsZero() {
-		since := n.StableSince.UTC()
-		j.StableSince = &since
-	}
-	if !n.CertificateExpires.IsZero() {
-		expires := n.CertificateExpires.UTC()
-		j.CertificateExpires = &expires
-	}
-	// Else 0 would mean that it is not known.
-	if n.ID == self || n.HighWatermark > 0 {
-		j.FirstOffset, j.HighWatermark = &n.FirstOffset, &n.HighWatermark
-	}
-	return j
+	h.answer(w, http.StatusOK, out.JSON())
 }
 
 func contactJSON(d time.Duration) string {

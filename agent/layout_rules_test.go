@@ -65,6 +65,9 @@ func TestLayoutRulesBite(t *testing.T) {
 		"vault":            {"agent/x.go", `package agent; import _ "github.com/hashicorp/vault/api"`, "must not import github.com/hashicorp/vault/api"},
 		"casbin":           {"rpc/x.go", `package rpc; import _ "github.com/casbin/casbin/v2"`, "must not import github.com/casbin/casbin/v2"},
 		"consul":           {"discovery/x.go", `package discovery; import _ "github.com/hashicorp/consul/api"`, "must not import github.com/hashicorp/consul/api"},
+		"traces":           {"rpc/x.go", `package rpc; import _ "go.opentelemetry.io/otel/trace"`, "rpc must not import go.opentelemetry.io/otel/trace"},
+		"metrics":          {"rpc/x.go", `package rpc; import _ "github.com/prometheus/client_golang/prometheus"`, "must not import github.com/prometheus/client_golang/prometheus"},
+		"Raft's metrics":   {"logstore/replica/x.go", `package replica; import _ "github.com/hashicorp/go-metrics/compat"`, "must not import github.com/hashicorp/go-metrics/compat"},
 		"consul at home":   {"discovery/consul/x.go", `package consul; import _ "github.com/hashicorp/consul/api"`, ""},
 
 		"os":            {"logstore/x.go", `package logstore; import _ "os"`, "logstore/x.go: imports os"},

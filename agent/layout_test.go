@@ -71,6 +71,9 @@ var fences = []struct {
 	{"github.com/hashicorp/cli", []string{".", "agent", "rpc/cli"}},
 	{"github.com/hashicorp/vault", []string{"agent/identity"}},
 	{"github.com/casbin/casbin", []string{"agent/identity"}},
+	{"go.opentelemetry.io", []string{"agent"}},
+	{"github.com/prometheus", []string{"agent"}},
+	{"github.com/hashicorp/go-metrics", []string{"agent"}},
 	{"github.com/hashicorp/consul", []string{"discovery/consul", "rpc/client"}},
 }
 

@@ -2,6 +2,8 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -36,6 +38,10 @@ type membership struct {
 	data       *dataDir
 	self       func() discovery.Node
 	logger     hclog.Logger
+	// fail ends the node.
+	fail func(error)
+	// supersedes is the id of the cluster that ours was recovered from.
+	supersedes func() string
 	// recorded: the registry's record of the founding is history.
 	recorded bool
 
@@ -87,6 +93,10 @@ func (m *membership) reconcile(ctx context.Context) {
 	if ctx.Err() != nil {
 		return
 	}
+	if err := m.superseded(answers, servers); err != nil {
+		m.fail(err)
+		return
+	}
 	answers = m.ours(answers)
 	m.neighbours.remember(answers)
 	m.neighbours.forget(servers)
@@ -97,13 +107,14 @@ func (m *membership) reconcile(ctx context.Context) {
 	}
 	if record := m.neighbours.discovery.Bootstrap(); record != nil && !m.recorded {
 		within, cancel := context.WithTimeout(ctx, changeTimeout)
-		if err := closeRecord(within, record, m.data.identity().cluster); err != nil {
+		if err := closeRecord(within, record, m.data.identity().cluster, m.supersedes(), servers); err != nil {
 			m.complain("record", "cannot mark the registry's record of the founding as done; trying again", err)
 		} else {
 			m.recorded = true
 		}
 		cancel()
 	}
+	m.settleSelf(ctx, self, servers)
 	m.settleAll(ctx, answers)
 }
 
@@ -116,6 +127,50 @@ func (m *membership) settleAll(ctx context.Context, answers []answer) {
 		}
 		m.settle(ctx, a, answers, servers)
 	}
+}
+
+// settleSelf notes where the leader itself is: a node that was restored begins
+// with no address, and nobody else can note it as long as it is alone.
+func (m *membership) settleSelf(ctx context.Context, self discovery.Node, servers []replica.Server) {
+	at := slices.IndexFunc(servers, func(v replica.Server) bool { return v.ID == self.ID })
+	if at < 0 || servers[at].Address == self.Address || slices.ContainsFunc(servers, func(v replica.Server) bool { return v.Address == self.Address }) {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, changeTimeout)
+	defer cancel()
+	m.change(self.ID, "cannot note where this node is; trying again", m.group.AddNonvoter(ctx, self.ID, self.Address))
+}
+
+// ErrSuperseded: the cluster goes on without this node, under another id.
+var ErrSuperseded = errors.New("the cluster was recovered without this node")
+
+// superseded tells, as an error, whether this node is left over from a cluster
+// that an operator has had go on elsewhere, without a quorum. With others that
+// are left over it might be a quorum again, and take records that nobody will ever
+// find. While somebody leads our cluster it has not lost its quorum: then it is
+// the other one that should not be.
+func (m *membership) superseded(answers []answer, servers []replica.Server) error {
+	cluster := m.data.identity().cluster
+	led := slices.ContainsFunc(servers, func(s replica.Server) bool { return s.Leader })
+	var heir *answer
+	for i := range answers {
+		a := &answers[i]
+		switch s := &a.status; {
+		case a.err != nil || cluster == "":
+		case s.ClusterID == cluster:
+			led = led || s.LeaderID != ""
+		case s.Supersedes == cluster && s.Cluster == m.self().Cluster && s.State == string(discovery.Member):
+			heir = a
+		}
+	}
+	switch {
+	case heir == nil:
+		return nil
+	case led:
+		m.complain(heir.status.NodeID, "a node says that it goes on for this cluster, which has a leader: it was recovered though the quorum was not lost; stop it", nil, "address", heir.node.Address, "cluster", heir.status.ClusterID)
+		return nil
+	}
+	return fmt.Errorf("%w: it is cluster %s now, of which there is node %s at %s: remove this node's data directory, and start it as a new node", ErrSuperseded, heir.status.ClusterID, heir.status.NodeID, heir.node.Address)
 }
 
 // ours drops the answers of nodes that are not of this cluster.
@@ -199,8 +254,10 @@ func (m *membership) settle(ctx context.Context, a answer, answers []answer, ser
 	m.change(s.NodeID, "cannot add a node; trying again", m.group.AddNonvoter(ctx, s.NodeID, a.node.Address))
 }
 
-// nowhere is an address for Raft's configuration at which nobody is.
-func nowhere(id string) string { return "moving-" + id + ".invalid:0" }
+// nowhere stands in Raft's configuration for the address of a node that has yet to
+// say where it is. No two nodes may have one address there, and .invalid never
+// resolves.
+func nowhere(id string) string { return id + ".invalid:1" }
 
 // retire removes the ids that a voter had before: nobody will come back under
 // them.

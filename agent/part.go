@@ -2,8 +2,10 @@ package agent
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 	"time"
 
@@ -135,6 +137,26 @@ func (p *part) health() (serving bool, status discovery.Status, why string) {
 	return true, discovery.Passing, "follows " + st.LeaderID
 }
 
+// condition is how the node is, for readiness.
+func (p *part) condition() condition {
+	serving, _, why := p.health()
+	st := p.replica.Status()
+	c := condition{
+		serving: serving, why: why, leads: st.State == "Leader" && st.Ready,
+		term: st.Term, applied: st.Applied, committed: st.Committed,
+	}
+	if servers, err := p.replica.Servers(); err == nil {
+		voters := 0
+		for _, s := range servers {
+			if s.Voter {
+				voters++
+			}
+		}
+		c.alone = voters == 1 && serving // whoever serves is a voter
+	}
+	return c
+}
+
 // Status implements rpc.Peer.
 func (p *part) Status(context.Context) (rpc.NodeStatus, error) {
 	id, st := p.data.identity(), p.replica.Status()
@@ -146,7 +168,7 @@ func (p *part) Status(context.Context) (rpc.NodeStatus, error) {
 		role = "candidate"
 	}
 	s := rpc.NodeStatus{
-		NodeID: id.node, Name: p.cfg.Node.Name, Cluster: p.cfg.Cluster.Name, ClusterID: id.cluster,
+		NodeID: id.node, Name: p.cfg.Node.Name, Cluster: p.cfg.Cluster.Name, ClusterID: id.cluster, Supersedes: p.replica.Supersedes(),
 		State: string(p.state()), Version: p.version, Expect: p.cfg.Cluster.BootstrapExpect, FormerIDs: id.former,
 		Role: role, Term: st.Term, LastIndex: st.Last, LastTerm: st.LastTerm, AppliedIndex: st.Applied,
 		LastContact: -1, LeaderID: st.LeaderID, LeaderAddress: st.LeaderAddress,
@@ -278,6 +300,46 @@ func (p *part) askForLeader(ctx context.Context) (address string) {
 		}
 	}
 	return ""
+}
+
+// Snapshot implements rpc.Admin.
+func (p *part) Snapshot(ctx context.Context) (rpc.Snapshot, error) {
+	if !p.started() {
+		return nil, fmt.Errorf("%w: this node waits to be part of a cluster, and has nothing to save", rpc.ErrNoLeader)
+	}
+	saved, err := p.replica.Save(ctx, replica.SavedInfo{NodeID: p.data.nodeID(), ClusterName: p.cfg.Cluster.Name, Version: p.version})
+	if err != nil {
+		return nil, p.rpcError(err)
+	}
+	return savedSnapshot{saved, p}, nil
+}
+
+// savedSnapshot is a snapshot that is being saved as the gRPC server sees it.
+type savedSnapshot struct {
+	*replica.Saved
+	part *part
+}
+
+// Read implements rpc.Snapshot.
+func (s savedSnapshot) Read(p []byte) (int, error) {
+	n, err := s.Saved.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = s.part.rpcError(err)
+	}
+	return n, err
+}
+
+// Info implements rpc.Snapshot.
+func (s savedSnapshot) Info() rpc.SnapshotInfo {
+	i := &s.Saved.Info
+	info := rpc.SnapshotInfo{
+		ClusterID: i.ClusterID, Cluster: i.ClusterName, NodeID: i.NodeID, Taken: i.Taken,
+		FirstOffset: i.FirstOffset, NextOffset: i.NextOffset, Index: i.Index, Term: i.Term, Size: i.Size,
+	}
+	if sum, err := hex.DecodeString(i.SHA256); err == nil && len(sum) > 0 {
+		info.SHA256 = sum
+	}
+	return info
 }
 
 // Servers implements rpc.Cluster: the group as this node knows it, with what

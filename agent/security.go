@@ -171,14 +171,14 @@ func (s *security) allow(subject, action, log string) error {
 	return &rpc.DeniedError{Subject: subject, Object: log, Action: action}
 }
 
-// monitor decides who may look at the node by HTTP. As with gRPC, nodes need no
+// overHTTP decides who may do what by HTTP. As with gRPC, nodes need no
 // permission.
-func (s *security) monitor(state *tls.ConnectionState) error {
+func (s *security) overHTTP(state *tls.ConnectionState, action string) error {
 	caller := s.identity.Caller(*state)
 	if caller.Server {
 		return nil
 	}
-	return s.allow(caller.Subject, ident.ActionMonitor, rpc.DefaultLog)
+	return s.allow(caller.Subject, action, rpc.DefaultLog)
 }
 
 // audited is rpc.Config.Audit.

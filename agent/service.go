@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
+
 	"github.com/diurnalog/diurna/logstore"
 	"github.com/diurnalog/diurna/logstore/replica"
 	"github.com/diurnalog/diurna/rpc"
@@ -17,30 +19,39 @@ type service struct {
 	replica *replica.Replica
 	part    *part
 	places  sync.Pool // of *[]logstore.Batch
+	// read is told what was read.
+	read    func([]logstore.Batch)
+	tracing *tracing
 }
 
-func newService(r *replica.Replica, p *part) *service {
-	return &service{replica: r, part: p, places: sync.Pool{New: func() any { return new([]logstore.Batch) }}}
+func newService(r *replica.Replica, p *part, read func([]logstore.Batch), t *tracing) *service {
+	return &service{replica: r, part: p, read: read, tracing: t, places: sync.Pool{New: func() any { return new([]logstore.Batch) }}}
 }
 
 // Propose implements rpc.Log.
 func (s *service) Propose(ctx context.Context, p rpc.Proposal, wait bool) (rpc.Pending, error) {
+	span := s.tracing.appending(ctx, p, wait)
 	pending, err := s.replica.Propose(ctx, replica.Proposal{Records: p.Records, Count: p.Count, Expected: p.Expected}, wait)
 	if err != nil {
-		return nil, s.part.rpcError(err)
+		err = s.part.rpcError(err)
+		appended(span, rpc.Ack{}, err)
+		return nil, err
 	}
-	return outcome{pending, s.part}, nil
+	return outcome{pending, s.part, span}, nil
 }
 
 type outcome struct {
 	*replica.Pending
 	part *part
+	span trace.Span // nil: not traced
 }
 
 // Result implements rpc.Pending.
 func (o outcome) Result() (rpc.Ack, error) {
 	ack, err := o.Pending.Result()
-	return rpc.Ack(ack), o.part.rpcError(err)
+	err = o.part.rpcError(err)
+	appended(o.span, rpc.Ack(ack), err)
+	return rpc.Ack(ack), err
 }
 
 // Bounds implements rpc.Log.
@@ -78,6 +89,7 @@ func (s *service) ReadBatches(from uint64, buf []byte, dst []rpc.Batch) ([]rpc.B
 	if err != nil {
 		return dst, s.part.rpcError(err)
 	}
+	s.read(*places)
 	for _, b := range *places {
 		dst = append(dst, rpc.Batch{
 			BaseOffset: b.BaseOffset,

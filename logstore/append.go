@@ -40,6 +40,7 @@ func (l *Log) Append(entries []Entry) error {
 	} else if err != nil {
 		return l.fail(err)
 	}
+	done := l.opts.Observer.appending(entries)
 	g := group{seg: st.last(), active: st.active.mem, tail: st.tail, written: st.tail.pos, synced: st.tail.index, next: next}
 	if err := l.appendGroup(&g, entries); err != nil {
 		return errors.Join(l.fail(err), closePrepared(g.next))
@@ -48,6 +49,7 @@ func (l *Log) Append(entries []Entry) error {
 		l.buf = nil // one large entry must not pin its size for ever
 	}
 	l.keeper.appended(g.tail.pos)
+	done()
 	return nil
 }
 
@@ -137,7 +139,7 @@ func (l *Log) flush(g *group) error {
 	if err := l.write(g); err != nil {
 		return err
 	}
-	if err := l.active.Sync(); err != nil {
+	if err := l.opts.Observer.sync(l.active.Sync); err != nil {
 		return fmt.Errorf("sync %s: %w", g.seg.file, err)
 	}
 	g.synced = g.tail.index

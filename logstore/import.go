@@ -20,7 +20,8 @@ const importName = "importing"
 // importChunk is how much is appended, and with that synced, at a time.
 const importChunk = 2 << 20
 
-// ImportStats say what an Import made: exactly what was exported.
+// ImportStats say what an Import made, or a CheckExport read: exactly what was
+// exported.
 type ImportStats struct {
 	FirstIndex, LastIndex   uint64
 	FirstOffset, NextOffset uint64
@@ -84,7 +85,7 @@ func importLog(dir string, opts Options, r io.Reader) (stats ImportStats, err er
 	if err != nil {
 		return stats, full(err)
 	}
-	if err := errors.Join(in.appendTo(l), l.Close()); err != nil {
+	if err := errors.Join(in.copyTo(l.Append), l.Close()); err != nil {
 		return stats, err
 	}
 	if err := fsys.Remove(marker); err != nil {
@@ -93,13 +94,34 @@ func importLog(dir string, opts Options, r io.Reader) (stats ImportStats, err er
 	if err := fsys.SyncDir(dir); err != nil {
 		return stats, err
 	}
+	return in.stats(), nil
+}
+
+// CheckExport reads a stream to its end, as Import does, and checks all that
+// Import checks, but keeps nothing of it.
+//
+// Errors: a *StreamError for a stream that is not a whole and undamaged export,
+// a *VersionError for one of a newer format, r's.
+func CheckExport(r io.Reader) (ImportStats, error) {
+	in := &importStream{r: r}
+	err := in.readHeader()
+	if err == nil {
+		err = in.copyTo(func([]Entry) error { return nil })
+	}
+	if err != nil {
+		return ImportStats{}, fmt.Errorf("check an exported log: %w", err)
+	}
+	return in.stats(), nil
+}
+
+func (in *importStream) stats() ImportStats {
 	start, end := &in.header.start, &in.header.end
 	return ImportStats{
 		FirstIndex: start.index + 1, LastIndex: end.index,
 		FirstOffset: start.offset, NextOffset: end.offset,
 		LastTerm: end.term, LastAppendTime: end.time,
 		Bytes: in.header.size,
-	}, nil
+	}
 }
 
 func checkEmpty(fsys vfs.FS, dir string) error {
@@ -235,14 +257,15 @@ func (in *importStream) readHeader() error {
 	return nil
 }
 
-// appendTo appends all entries of the stream to a log that has its start, and
-// checks that the stream ends where it should.
-func (in *importStream) appendTo(l *Log) error {
+// copyTo hands all entries of the stream to a log that has its start, and
+// checks that the stream ends where it should. The entries are valid during the
+// call.
+func (in *importStream) copyTo(add func([]Entry) error) error {
 	t := in.header.start
 	buf := make([]byte, max(sectionHeaderSize, min(importChunk, in.header.size-exportHeaderSize)))
 	for t.index < in.header.end.index {
 		var err error
-		if buf, err = in.readSection(l, &t, buf); err != nil {
+		if buf, err = in.readSection(add, &t, buf); err != nil {
 			return err
 		}
 	}
@@ -265,8 +288,8 @@ func (in *importStream) appendTo(l *Log) error {
 	}
 }
 
-// readSection appends the entries of one section.
-func (in *importStream) readSection(l *Log, t *tail, buf []byte) ([]byte, error) {
+// readSection hands on the entries of one section.
+func (in *importStream) readSection(add func([]Entry) error, t *tail, buf []byte) ([]byte, error) {
 	at := in.at
 	if at+sectionHeaderSize > in.header.size {
 		return buf, in.corrupt(at, "it claims %d bytes and goes on", in.header.size)
@@ -323,7 +346,7 @@ func (in *importStream) readSection(l *Log, t *tail, buf []byte) ([]byte, error)
 			entries = append(entries, f.entry(b))
 			used += need
 		}
-		if err := l.Append(entries); errors.Is(err, ErrRejected) || errors.Is(err, ErrTooLarge) {
+		if err := add(entries); errors.Is(err, ErrRejected) || errors.Is(err, ErrTooLarge) {
 			return buf, in.corrupt(at, "%v", err) // only a forged stream gets here
 		} else if err != nil {
 			return buf, err

@@ -132,12 +132,20 @@ type Stats struct {
 	Segments                int
 	FirstIndex, LastIndex   uint64
 	FirstOffset, NextOffset uint64
+	// Bytes is what the segments take of the disk, with the space that is
+	// reserved in the last one.
+	Bytes int64
 }
 
 // Stats returns one consistent look at the log.
 func (l *Log) Stats() Stats {
 	st := l.state.Load()
+	bytes := st.size
+	for _, s := range st.segs[:len(st.segs)-1] {
+		bytes += s.size
+	}
 	return Stats{
+		Bytes:       bytes,
 		Segments:    len(st.segs),
 		FirstIndex:  st.segs[0].firstIndex,
 		LastIndex:   st.tail.index,

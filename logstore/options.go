@@ -36,6 +36,8 @@ type Options struct {
 	// starts. Default: index 1, offset 0.
 	FirstIndex  uint64
 	FirstOffset uint64
+	// Observer is told what the log does. Default: nobody.
+	Observer Observer
 
 	// inline does the keeper's work within the call that causes it, so that
 	// tests repeat exactly.
@@ -50,6 +52,7 @@ func (o *Options) applyDefaultsAndValidate() error {
 	if o.FS == nil {
 		o.FS = vfs.OS
 	}
+	o.Observer.applyDefaults()
 	if o.SegmentSize == 0 {
 		o.SegmentSize = DefaultSegmentSize
 	}

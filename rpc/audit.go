@@ -5,6 +5,8 @@ import (
 	"errors"
 	"time"
 
+	"google.golang.org/grpc"
+
 	v1 "github.com/diurnalog/diurna/rpc/v1"
 )
 
@@ -45,6 +47,15 @@ type auditedAdmin struct {
 var errPanicked = errors.New("the call panicked")
 
 func audit[Req, Resp any](a *auditedAdmin, ctx context.Context, verb, target string, call func(context.Context, Req) (Resp, error), req Req) (resp Resp, err error) {
+	err = a.during(ctx, verb, target, func() (err error) {
+		resp, err = call(ctx, req)
+		return err
+	})
+	return resp, err
+}
+
+// during records a call.
+func (a *auditedAdmin) during(ctx context.Context, verb, target string, call func() error) error {
 	e := AuditEvent{Verb: verb, Target: target, Err: errPanicked}
 	caller, _ := CallerFrom(ctx)
 	e.Subject = caller.Subject
@@ -59,9 +70,8 @@ func audit[Req, Resp any](a *auditedAdmin, ctx context.Context, verb, target str
 		e.Took = time.Since(begin)
 		a.record(ctx, e)
 	}()
-	resp, err = call(ctx, req)
-	e.Err = err
-	return resp, err
+	e.Err = call()
+	return e.Err
 }
 
 // ListPeers implements v1.AdminServer.
@@ -87,4 +97,9 @@ func (a *auditedAdmin) TransferLeadership(ctx context.Context, req *v1.TransferL
 // Leave implements v1.AdminServer.
 func (a *auditedAdmin) Leave(ctx context.Context, req *v1.LeaveRequest) (*v1.LeaveResponse, error) {
 	return audit(a, ctx, "leave", req.GetId(), a.AdminServer.Leave, req)
+}
+
+// Snapshot implements v1.AdminServer.
+func (a *auditedAdmin) Snapshot(req *v1.SnapshotRequest, stream grpc.ServerStreamingServer[v1.SnapshotResponse]) error {
+	return a.during(stream.Context(), "snapshot-save", "", func() error { return a.AdminServer.Snapshot(req, stream) })
 }

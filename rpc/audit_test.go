@@ -2,7 +2,9 @@ package rpc
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 	"sync"
@@ -58,9 +60,17 @@ func TestAudit(t *testing.T) {
 		_, e3 := admin.RemovePeer(ctx, &v1.RemovePeerRequest{Id: "d"})
 		_, e4 := admin.TransferLeadership(ctx, &v1.TransferLeadershipRequest{Id: "b"})
 		_, e5 := admin.Leave(ctx, &v1.LeaveRequest{Id: "a"})
-		return []error{e1, e2, e3, e4, e5}
+		c["a"].saved = newBytesSnapshot(1)
+		saved, e6 := admin.Snapshot(ctx, &v1.SnapshotRequest{Stale: true})
+		for e6 == nil {
+			_, e6 = saved.Recv()
+		}
+		if errors.Is(e6, io.EOF) {
+			e6 = nil
+		}
+		return []error{e1, e2, e3, e4, e5, e6}
 	}
-	want := []string{"list-peers  for=", "add-peer d for=", "remove-peer d for=", "transfer-leadership b for=", "leave a for="}
+	want := []string{"list-peers  for=", "add-peer d for=", "remove-peer d for=", "transfer-leadership b for=", "leave a for=", "snapshot-save  for="}
 	if n := len(v1.Admin_ServiceDesc.Methods) + len(v1.Admin_ServiceDesc.Streams); n != len(want) {
 		t.Fatalf("the service has %d methods; are all audited?", n)
 	}

@@ -75,6 +75,7 @@ type member struct {
 	asked    []string // Admin calls
 	adminErr error
 	limits   Limits
+	saved    Snapshot // what Snapshot returns
 }
 
 func (m *member) setLeader(id string) {
@@ -185,6 +186,16 @@ func (m *member) Leave(context.Context) error {
 	defer m.mu.Unlock()
 	m.asked = append(m.asked, "leave")
 	return m.adminErr
+}
+
+func (m *member) Snapshot(context.Context) (Snapshot, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.asked = append(m.asked, "snapshot")
+	if m.adminErr != nil {
+		return nil, m.adminErr
+	}
+	return m.saved, nil
 }
 
 // newCluster serves members of these ids, all of which take the first for the

@@ -15,6 +15,7 @@ import (
 
 var (
 	logPrefix    = "/" + v1.Log_ServiceDesc.ServiceName + "/"
+	adminPrefix  = "/" + v1.Admin_ServiceDesc.ServiceName + "/"
 	peerPrefix   = "/" + v1.Peer_ServiceDesc.ServiceName + "/"
 	healthPrefix = "/" + healthpb.Health_ServiceDesc.ServiceName + "/"
 )
@@ -22,11 +23,13 @@ var (
 // unary and streaming wrap every call: admitted, counted, its panics contained,
 // its error a status.
 func (s *Service) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	ended := s.observed(info.FullMethod, false)
 	defer func() {
 		if r := recover(); r != nil {
 			resp, err = nil, s.panicked(info.FullMethod, r, debug.Stack())
 		}
 		err = statusOf(err)
+		ended(err)
 	}()
 	if err := s.admit(ctx, info.FullMethod); err != nil {
 		return nil, err
@@ -41,16 +44,18 @@ func (s *Service) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo
 }
 
 func (s *Service) streaming(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+	ended := s.observed(info.FullMethod, true)
 	defer func() {
 		if r := recover(); r != nil {
 			err = s.panicked(info.FullMethod, r, debug.Stack())
 		}
 		err = statusOf(err)
+		ended(err)
 	}()
 	if err := s.admit(stream.Context(), info.FullMethod); err != nil {
 		return statusWith(err, map[string]string{MetaRequest: "0"}) // as below
 	}
-	if !strings.HasPrefix(info.FullMethod, logPrefix) && !strings.HasPrefix(info.FullMethod, peerPrefix) {
+	if !strings.HasPrefix(info.FullMethod, logPrefix) && !strings.HasPrefix(info.FullMethod, peerPrefix) && !strings.HasPrefix(info.FullMethod, adminPrefix) {
 		return s.foreign(srv, stream, info, handler)
 	}
 	if err := s.calls.begin(); err != nil {

@@ -55,6 +55,13 @@ type Limits struct {
 	// Connections is how many are served at a time per listener; further ones
 	// wait in the listener's backlog. Default 4096.
 	Connections int
+	// Snapshots is how many are served at a time. Each holds 256 KiB in memory,
+	// and the files of the log open, so that what retention deletes takes up space
+	// until it is over. Default 2.
+	Snapshots int
+	// SnapshotStall is for how long a caller may take nothing of one. Default 1
+	// minute.
+	SnapshotStall time.Duration
 	// HandshakeTimeout is how long a new connection may take until it speaks
 	// gRPC. Default 10 s.
 	HandshakeTimeout time.Duration
@@ -75,6 +82,10 @@ func (l Limits) withDefaults() (Limits, error) {
 	def(&l.OpenCalls, 4096)
 	def(&l.StreamsPerConnection, 1024)
 	def(&l.Connections, 4096)
+	def(&l.Snapshots, 2)
+	if l.SnapshotStall <= 0 {
+		l.SnapshotStall = time.Minute
+	}
 	if l.HandshakeTimeout == 0 {
 		l.HandshakeTimeout = 10 * time.Second
 	}
@@ -92,6 +103,7 @@ func (l Limits) withDefaults() (Limits, error) {
 		{"OpenCalls", l.OpenCalls, 1 << 24},
 		{"StreamsPerConnection", l.StreamsPerConnection, 1 << 24},
 		{"Connections", l.Connections, 1 << 24},
+		{"Snapshots", l.Snapshots, 1 << 10},
 	} {
 		if c.v < 1 || c.v > c.max {
 			return l, fmt.Errorf("limit %s is %d, must be from 1 to %d", c.name, c.v, c.max)

@@ -8,6 +8,7 @@ import (
 
 // connTracker knows the open connections and which of them speak gRPC yet.
 type connTracker struct {
+	traffic
 	mu      sync.Mutex
 	closing bool                      // guarded by mu
 	conns   map[*trackedConn]struct{} // guarded by mu

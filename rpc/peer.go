@@ -27,6 +27,9 @@ type NodeStatus struct {
 	// Cluster is the configured name, ClusterID the UUID of the cluster that
 	// the node belongs to; empty as long as it belongs to none.
 	Cluster, ClusterID string
+	// Supersedes is the id of the cluster that the node's was recovered from;
+	// empty for all others.
+	Supersedes string
 	// State is "fresh" (never was in a cluster), "member", "leaving" or
 	// "removed" (was taken out of it).
 	State   string

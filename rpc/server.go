@@ -72,6 +72,8 @@ type Config struct {
 	// Audit, if set, is told of every call of the service Admin once it is over,
 	// also of those that were refused. It must not block.
 	Audit func(ctx context.Context, e AuditEvent)
+	// Observer, if set, is told of every call.
+	Observer Observer
 	// Options are further options for the gRPC server: credentials, statistics
 	// handlers, interceptors (which run inside of the Service's own). They
 	// must not replace the codec.
@@ -96,6 +98,7 @@ type Service struct {
 	authorize func(context.Context, Action, string) error
 	probe     func(context.Context, Action, string) bool
 	audit     func(context.Context, AuditEvent)
+	observer  Observer
 	logger    hclog.Logger
 	version   string
 
@@ -104,6 +107,8 @@ type Service struct {
 	chunks chunkPool
 	conns  connTracker
 	calls  callCounter
+	// snapshots has a token for each that is under way.
+	snapshots chan struct{}
 	// consumers is how many ConsumeStreams are open.
 	consumers atomic.Int64
 	// background counts goroutines that outlive the call that started them,
@@ -147,9 +152,11 @@ func New(cfg Config) (*Service, error) {
 		authorize: cfg.Authorize,
 		probe:     cfg.Probe,
 		audit:     cfg.Audit,
+		observer:  cfg.Observer,
 		logger:    cfg.Logger,
 		version:   cfg.Version,
 		health:    health.NewServer(),
+		snapshots: make(chan struct{}, limits.Snapshots),
 		calls:     callCounter{limit: limits.OpenCalls, idle: make(chan struct{})},
 	}
 	if s.logger == nil {

@@ -68,9 +68,15 @@ const (
 )
 
 // tooManyCallsError refuses a call that would be one too many.
-type tooManyCallsError struct{ limit int }
+type tooManyCallsError struct {
+	limit int
+	what  string // "" for calls
+}
 
 func (e *tooManyCallsError) Error() string {
+	if e.what != "" {
+		return fmt.Sprintf("this node serves %d %s already, which is as many as it will", e.limit, e.what)
+	}
 	return fmt.Sprintf("more than %d calls are open", e.limit)
 }
 

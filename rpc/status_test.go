@@ -35,7 +35,7 @@ func TestStatusOf(t *testing.T) {
 		{&LogNotFoundError{"audit"}, codes.NotFound, "LOG_NOT_FOUND", map[string]string{"log": "audit"}},
 		{&DeniedError{"a", "b", "produce"}, codes.PermissionDenied, "DENIED", map[string]string{"subject": "a", "object": "b", "action": "produce"}},
 		{ErrOverloaded, codes.ResourceExhausted, "OVERLOADED", nil},
-		{&tooManyCallsError{4}, codes.ResourceExhausted, "TOO_MANY_CALLS", map[string]string{"limit": "4"}},
+		{&tooManyCallsError{limit: 4}, codes.ResourceExhausted, "TOO_MANY_CALLS", map[string]string{"limit": "4"}},
 		{&shutdownError{}, codes.Unavailable, "SHUTTING_DOWN", nil},
 		{&shutdownError{next: &next}, codes.Unavailable, "SHUTTING_DOWN", map[string]string{"next_offset": "7"}},
 		{ErrClosed, codes.Unavailable, "SHUTTING_DOWN", nil},

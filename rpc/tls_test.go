@@ -122,6 +122,9 @@ func callAll(ctx context.Context, conn *grpc.ClientConn) map[string]error {
 			}
 		}
 	}
+	if s, err := admin.Snapshot(ctx, &v1.SnapshotRequest{Stale: true}); err == nil {
+		_, got["Admin/Snapshot"] = s.Recv()
+	}
 	if s, err := node.Propose(ctx); err == nil {
 		_ = s.Send(&v1.ProposeRequest{Records: records})
 		_, got["Peer/Propose"] = s.Recv()
@@ -215,6 +218,7 @@ func TestCallers(t *testing.T) {
 				a.allow[action] = true
 			}
 			before, calls := c["a"].proposals(), len(c["a"].calls())
+			c["a"].saved = newBytesSnapshot(1)
 			got := callAll(ctx, dialAs(t, ca, address, tc.cert...))
 			if len(got) != methods+3 { // and what is foreign
 				t.Errorf("made %d calls, the node offers %d", len(got)-3, methods)

@@ -1,5 +1,5 @@
-# Sourced by consul.sh, vault.sh and compose.sh: how a tool of others is found or
-# built.
+# Sourced by consul.sh, nomad.sh, vault.sh and compose.sh: how a tool of others is
+# found or built.
 #
 #   tool NAME MODULE[:FOLDER] [BUILD FLAG...]
 #

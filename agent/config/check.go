@@ -23,6 +23,7 @@ func (l *loader) check(c *Config) {
 	l.checkAdvertise(c)
 	l.checkCluster(c)
 	l.checkSecurity(c)
+	l.checkTelemetry(c)
 
 	size := func(name string, n int64) operand { return operand{name, n, formatSize(n)} }
 	record := operand{"limits.max_record", c.Limits.MaxRecord + RecordFraming,
@@ -131,6 +132,17 @@ func (l *loader) checkAdvertise(c *Config) {
 		l.fail("listener.rpc", "No address to advertise", "It listens at every address, and this host has no private one. %s", hint)
 	default:
 		c.Listener.Advertise = net.JoinHostPort(ip, port)
+	}
+}
+
+func (l *loader) checkTelemetry(c *Config) {
+	endpoint := c.Telemetry.OTLPEndpoint
+	if endpoint == "" || l.bad["telemetry.otlp_endpoint"] {
+		return
+	}
+	if host, port, err := net.SplitHostPort(endpoint); err != nil || host == "" || port == "" {
+		l.fail("telemetry.otlp_endpoint", "Invalid value for telemetry.otlp_endpoint",
+			"%q is not the host:port of a collector that takes OTLP by gRPC, whose port is usually 4317. There is no https:// before it.", endpoint)
 	}
 }
 

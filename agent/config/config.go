@@ -30,6 +30,7 @@ type Config struct {
 	Log        Log
 	Disk       Disk
 	Raft       Raft
+	Telemetry  Telemetry
 
 	// ShutdownTimeout is how long a clean stop may take. Calls that are still
 	// under way shortly before that are cut off.
@@ -254,6 +255,23 @@ type Raft struct {
 	SnapshotInterval time.Duration
 }
 
+// Telemetry is what the node tells of itself besides metrics.
+type Telemetry struct {
+	// PProf serves profiles of the process by HTTP.
+	PProf bool
+	// OTLPEndpoint is the host:port of an OpenTelemetry collector that takes
+	// traces by gRPC; empty traces nothing.
+	OTLPEndpoint string
+	// OTLPInsecure sends them in plaintext.
+	OTLPInsecure bool
+	// OTLPCAFile holds who vouches for the collector; empty means the machine's
+	// roots.
+	OTLPCAFile string
+	// SampleOneIn is of how many calls one is traced, where the caller does not
+	// decide it.
+	SampleOneIn int
+}
+
 const (
 	kib = int64(1) << 10
 	mib = int64(1) << 20
@@ -321,6 +339,7 @@ func defaults(h host) *Config {
 			CommitTimeout:      50 * time.Millisecond,
 			SnapshotInterval:   5 * time.Second,
 		},
+		Telemetry:       Telemetry{SampleOneIn: 100},
 		ShutdownTimeout: 10 * time.Second,
 	}
 	// A machine that does not know its name can still run a node.

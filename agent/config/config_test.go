@@ -250,6 +250,13 @@ raft {
   commit_timeout = "11ms"
   snapshot_interval = "12s"
 }
+telemetry {
+  pprof = true
+  otlp_endpoint = "otel:4317"
+  otlp_insecure = true
+  otlp_ca_file = "/oca"
+  sample_one_in = 7
+}
 `)
 	if err != nil {
 		t.Fatal(err)
@@ -273,6 +280,7 @@ raft {
 		Log:    Log{SegmentSize: 8 << 20, RetentionAge: 48 * time.Hour, RetentionBytes: 9 << 30, ScrubInterval: 13 * time.Hour},
 		Raft: Raft{HeartbeatTimeout: time.Second, ElectionTimeout: 2 * time.Second, LeaderLeaseTimeout: 900 * time.Millisecond,
 			CommitTimeout: 11 * time.Millisecond, SnapshotInterval: 12 * time.Second},
+		Telemetry: Telemetry{PProf: true, OTLPEndpoint: "otel:4317", OTLPInsecure: true, OTLPCAFile: "/oca", SampleOneIn: 7},
 	}
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("got  %+v\nwant %+v", c, want)

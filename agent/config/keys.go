@@ -129,6 +129,12 @@ var keys = []key{
 	{name: "raft.leader_lease_timeout", kind: kindDuration, min: millis(20), max: int64(time.Minute), field: func(c *Config) any { return &c.Raft.LeaderLeaseTimeout }},
 	{name: "raft.commit_timeout", kind: kindDuration, min: millis(1), max: int64(time.Second), field: func(c *Config) any { return &c.Raft.CommitTimeout }},
 	{name: "raft.snapshot_interval", kind: kindDuration, min: millis(100), max: int64(24 * time.Hour), field: func(c *Config) any { return &c.Raft.SnapshotInterval }},
+
+	{name: "telemetry.pprof", kind: kindFlag, field: func(c *Config) any { return &c.Telemetry.PProf }},
+	{name: "telemetry.otlp_endpoint", kind: kindText, empty: true, field: func(c *Config) any { return &c.Telemetry.OTLPEndpoint }},
+	{name: "telemetry.otlp_insecure", kind: kindFlag, field: func(c *Config) any { return &c.Telemetry.OTLPInsecure }},
+	{name: "telemetry.otlp_ca_file", kind: kindText, empty: true, field: func(c *Config) any { return &c.Telemetry.OTLPCAFile }},
+	{name: "telemetry.sample_one_in", kind: kindCount, min: 1, max: 1 << 30, field: func(c *Config) any { return &c.Telemetry.SampleOneIn }},
 }
 
 func millis(n int64) int64 { return n * int64(time.Millisecond) }

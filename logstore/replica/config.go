@@ -9,6 +9,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 
+	"github.com/diurnalog/diurna/logstore"
 	"github.com/diurnalog/diurna/logstore/vfs"
 )
 
@@ -87,6 +88,9 @@ type Config struct {
 	// Autopilot looks after the group's members.
 	Autopilot AutopilotConfig
 
+	// Observer is told what the replica does. Default: nobody.
+	Observer Observer
+
 	// Now is the clock for append times and for how long others have been
 	// silent. Default: time.Now.
 	Now func() time.Time
@@ -94,6 +98,17 @@ type Config struct {
 	Logger hclog.Logger
 	// OnFatal is called, once, with what closes Failed. Default: nothing.
 	OnFatal func(error)
+}
+
+// Observer is told what a replica does. Its funcs must be quick and must not use
+// the replica. Those that are nil are not called.
+type Observer struct {
+	// Log is told what this replica writes, be it the leader or not.
+	Log logstore.Observer
+	// Committed is told, on the leader and for every entry with records, how long
+	// it took from the arrival of the first of its batches until the entry was
+	// committed and can be read.
+	Committed func(took time.Duration)
 }
 
 func (c *Config) applyDefaultsAndValidate() error {

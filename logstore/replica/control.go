@@ -59,6 +59,12 @@ type fsmState struct {
 	ClusterID string `json:"cluster_id,omitempty"`
 	// Tombstones by index; at most maxTombstones.
 	Tombstones []Tombstone `json:"tombstones,omitempty"`
+	// Seam is the index of the entry by which the log was given to a new group, 0
+	// where it never was: see seam.go.
+	Seam uint64 `json:"seam,omitempty"`
+	// Supersedes is the id of the cluster that this one was recovered from, "" for
+	// all others.
+	Supersedes string `json:"supersedes,omitempty"`
 }
 
 // parseControl refuses what this version does not know: a replica that goes on
@@ -136,6 +142,10 @@ func (r *Replica) control(ctx context.Context, c controlEntry) error {
 // ClusterID returns the id of the group that this replica belongs to, as the
 // group has agreed on it; "" before that.
 func (r *Replica) ClusterID() string { return r.machine.view().ClusterID }
+
+// Supersedes returns the id of the cluster that this one was recovered from, see
+// Recover; "" for all others.
+func (r *Replica) Supersedes() string { return r.machine.view().Supersedes }
 
 // Tombstones returns what remains of servers that were removed, by their id.
 func (r *Replica) Tombstones() map[string]Tombstone {

@@ -20,6 +20,7 @@ type fsm struct {
 	watermark *watermark
 	applied   *atomic.Uint64 // greatest index applied; never falls
 	start     *atomic.Uint64 // first offset that may be read; never falls
+	seam      atomic.Uint64  // see fsmState.Seam; never falls
 	// clusterID is what this replica believes; "" if it believes nothing.
 	clusterID func() string
 	// broken is told when the state machine cannot go on.
@@ -49,6 +50,7 @@ func newFSM(index uint64, state fsmState, w *watermark, applied, start *atomic.U
 
 // show lets readers see the state.
 func (f *fsm) show(index uint64) {
+	raise(&f.seam, f.state.Seam)
 	raise(f.start, f.state.FirstOffset)
 	raise(f.applied, index)
 	f.watermark.advance(f.state.NextOffset)

@@ -169,7 +169,7 @@ func openCurrent(cfg *Config, id replicaID) (*generation, error) {
 }
 
 func logOptions(cfg *Config) logstore.Options {
-	return logstore.Options{FS: cfg.FS, SegmentSize: cfg.SegmentSize}
+	return logstore.Options{FS: cfg.FS, SegmentSize: cfg.SegmentSize, Observer: cfg.Observer.Log}
 }
 
 func openGeneration(cfg *Config, number uint64) (gen *generation, err error) {

@@ -302,3 +302,44 @@ func TestCloseHandsOver(t *testing.T) {
 		}
 	})
 }
+
+// TestTransferToOneThatHangs: a voter that was to take over and whose disk hangs is
+// not asked twice, which Raft's goroutines for it would wait for ever after; the
+// choice is then another one.
+func TestTransferToOneThatHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGroup(t, 3, func(c *Config) {
+			c.StallLimit = time.Hour
+			c.Autopilot.LastContactThreshold = time.Hour // it seems well
+		})
+		ctx, cancel := g.within(100)
+		defer cancel()
+		leader := g.settled(ctx)
+		victim := g.others(leader.cfg.ID)[0]
+		release := hang(t, g.disks[victim])
+		defer func() { release(); g.stop() }()
+		mustPropose(t, leader, "x", 1)
+		if err := leader.TransferLeadership(ctx, victim); err == nil || errors.Is(err, ErrNoSuccessor) {
+			t.Fatalf("the first time: %v", err)
+		}
+		synctest.Wait() // Raft still clears up
+		if err := leader.TransferLeadership(ctx, victim); !errors.Is(err, ErrNoSuccessor) {
+			t.Fatalf("the second time: %v", err)
+		}
+		if err := leader.TransferLeadership(ctx, ""); err != nil {
+			t.Fatal(err)
+		}
+		next := g.leader(ctx, g.others(leader.cfg.ID)...)
+		if next.cfg.ID == victim {
+			t.Error("the one that hangs leads")
+		}
+		// When it has caught up it can be asked again.
+		release()
+		if err := g.nodes[victim].WaitReadable(ctx, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := g.settled(ctx, next.cfg.ID).TransferLeadership(ctx, victim); err != nil {
+			t.Error(err)
+		}
+	})
+}

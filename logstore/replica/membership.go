@@ -236,7 +236,8 @@ func (r *Replica) awaitOtherLeader(ctx context.Context) error {
 // proposals are refused, with ErrNoLeader.
 //
 // Errors: *NotLeaderError or ErrNoLeader where this one does not lead,
-// *UnknownServerError, *NotVoterError, ErrNoSuccessor.
+// *UnknownServerError, *NotVoterError, ErrNoSuccessor: also for a voter that
+// was to take over before, did not keep up, and has not moved since.
 func (r *Replica) TransferLeadership(ctx context.Context, id string) error {
 	switch err := r.Err(); {
 	case err != nil:
@@ -254,19 +255,46 @@ func (r *Replica) TransferLeadership(ctx context.Context, id string) error {
 		err = &NotVoterError{id}
 	} else if err == nil && !r.alive(id) {
 		err = fmt.Errorf("%w: %s does not", ErrNoSuccessor, id)
+	} else if err == nil && r.stuck(to.ID) {
+		err = fmt.Errorf("%w: %s has been asked, and is still where it was", ErrNoSuccessor, id)
 	}
 	if err != nil {
 		return err
 	}
 	return r.changed(r.ask(ctx, func() error {
-		return r.raft.LeadershipTransferToServer(to.ID, to.Address).Error()
+		tried := r.attempt(to.ID)
+		err := r.raft.LeadershipTransferToServer(to.ID, to.Address).Error()
+		if err != nil {
+			r.lastTransfer.Store(&tried)
+		}
+		return err
 	}))
+}
+
+// transfer is an attempt to hand leadership to a server, whose last entry was this.
+type transfer struct {
+	to         raft.ServerID
+	term, last uint64
+}
+
+func (r *Replica) attempt(to raft.ServerID) transfer {
+	c, _ := r.transport.contacts.get(string(to))
+	return transfer{to, r.raft.CurrentTerm(), c.last}
+}
+
+// stuck reports whether a server that was to take over in this term lags behind
+// and has not moved since. Raft leaves a question to the goroutine that replicates
+// to such a one, and a second question would wait behind the first for ever, and
+// two goroutines with it.
+func (r *Replica) stuck(to raft.ServerID) bool {
+	before := r.lastTransfer.Load()
+	return before != nil && *before == r.attempt(to) && before.last < r.raft.LastIndex()
 }
 
 // successor is the most advanced voter that answers. Raft's own choice may be
 // one that does not.
 func (r *Replica) successor() (raft.Server, error) {
-	voters := slices.DeleteFunc(r.otherVoters(), func(s raft.Server) bool { return !r.alive(string(s.ID)) })
+	voters := slices.DeleteFunc(r.otherVoters(), func(s raft.Server) bool { return !r.alive(string(s.ID)) || r.stuck(s.ID) })
 	if len(voters) == 0 {
 		return raft.Server{}, ErrNoSuccessor
 	}

@@ -50,9 +50,11 @@ type Replica struct {
 
 	failOnce sync.Once
 	failure  atomic.Pointer[error]
-	opened   chan struct{} // Open has returned
-	severed  chan struct{} // after a failure: everything is cut off
-	failed   chan struct{}
+	// lastTransfer is the last attempt to hand over that failed, see stuck.
+	lastTransfer atomic.Pointer[transfer]
+	opened       chan struct{} // Open has returned
+	severed      chan struct{} // after a failure: everything is cut off
+	failed       chan struct{}
 
 	closeOnce sync.Once
 	closeErr  error
@@ -143,7 +145,7 @@ func Open(cfg Config) (r *Replica, err error) {
 	r.machine.onShown, r.machine.onApplied = r.progress.advance, r.shown.Store
 	r.snapshots = r.newSnapshots()
 	r.machine.install = r.snapshots.install
-	r.store = &logStore{gens: r.gens, applied: r.applied, broken: r.broken, down: r.Err, rolled: r.retention.poke, full: r.space.hit}
+	r.store = &logStore{gens: r.gens, applied: r.applied, seam: &r.machine.seam, broken: r.broken, down: r.Err, rolled: r.retention.poke, full: r.space.hit}
 	r.retention.init(cfg.Retention)
 	if err := bootstrap(&r.cfg, files, r.store); err != nil {
 		return nil, err
@@ -227,12 +229,15 @@ func (r *Replica) WaitReadable(ctx context.Context, offset uint64) error {
 
 // Status is this server's part in the group.
 type Status struct {
-	State    string // Leader, Follower, Candidate or Shutdown
-	Ready    bool   // it leads and takes proposals
-	Term     uint64
-	Applied  uint64
-	Last     uint64 // index of the last entry, LastTerm its term
-	LastTerm uint64
+	State   string // Leader, Follower, Candidate or Shutdown
+	Ready   bool   // it leads and takes proposals
+	Term    uint64
+	Applied uint64
+	// Committed is the highest index that the leader has called committed, as far
+	// as this server was told since it was opened; 0 where it was told nothing.
+	Committed uint64
+	Last      uint64 // index of the last entry, LastTerm its term
+	LastTerm  uint64
 	// Who leads, as far as is known, and where it says that it is.
 	LeaderID, LeaderAddress string
 	// LastContact is the time of the last message from the leader; zero where
@@ -240,6 +245,9 @@ type Status struct {
 	LastContact time.Time
 	// DiskFull: records are refused for want of space.
 	DiskFull bool
+	// DiskFree is how many bytes of the disk were free when the replica looked
+	// last, which is a second ago at most unless the disk hangs.
+	DiskFree uint64
 	Log      logstore.Stats
 }
 
@@ -251,14 +259,24 @@ func (r *Replica) Status() Status {
 		Ready:         r.seq.ready.Load() > 0,
 		Term:          r.raft.CurrentTerm(),
 		Applied:       r.applied.Load(),
+		Committed:     r.committed(),
 		Last:          r.raft.LastIndex(),
 		LastTerm:      r.lastTerm(),
 		LeaderID:      string(leader),
 		LeaderAddress: string(address),
 		LastContact:   r.raft.LastContact(),
 		DiskFull:      r.space.full.Load(),
+		DiskFree:      r.space.free.Load(),
 		Log:           r.gens.Stats(),
 	}
+}
+
+func (r *Replica) committed() uint64 {
+	index := r.raft.CommitIndex()
+	if r.transport != nil {
+		index = max(index, r.transport.told.Load())
+	}
+	return index
 }
 
 // WaitReady returns once this server takes proposals as the leader, or with

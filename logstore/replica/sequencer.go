@@ -74,9 +74,10 @@ type sequencer struct {
 
 	mu       sync.Mutex
 	queue    []*Pending
-	queued   int64 // size of queue
-	inFlight int64 // size of what has left queue and has no answer
-	open     bool  // proposals are taken: this node leads
+	queued   int64     // size of queue
+	since    time.Time // when the queue was empty last; only for committed
+	inFlight int64     // size of what has left queue and has no answer
+	open     bool      // proposals are taken: this node leads
 	closing  bool
 	wake     chan struct{} // one token: due, resync or closing changed
 
@@ -91,6 +92,8 @@ type sequencer struct {
 	began atomic.Uint64
 	// changed is called when ready changes.
 	changed func()
+	// committed, if set, is told how long an entry took.
+	committed func(time.Duration)
 	// becameReady is closed when ready is set, and guarded by mu.
 	becameReady chan struct{}
 
@@ -125,6 +128,7 @@ var errAbandoned = errors.New("raft gave no answer before it stopped")
 type group struct {
 	term    uint64
 	size    int64            // of all its proposals
+	since   time.Time        // since when it was waited for; see sequencer.since
 	future  raft.ApplyFuture // nil if all of them failed their conditions
 	members []*Pending
 	refused []*Pending // by their condition; err is set
@@ -144,6 +148,7 @@ func newSequencer(r raftNode, log logEnd, cfg *Config, leaderHint func() error) 
 		quit:       make(chan struct{}),
 		dead:       make(chan struct{}),
 		changed:    func() {},
+		committed:  cfg.Observer.Committed,
 
 		becameReady: make(chan struct{}),
 	}
@@ -186,6 +191,9 @@ func (s *sequencer) enqueue(p *Pending) error {
 		return ErrClosed
 	case !s.open:
 		return s.leaderHint()
+	}
+	if len(s.queue) == 0 && s.committed != nil {
+		s.since = s.now()
 	}
 	s.queue = append(s.queue, p)
 	s.queued += p.size
@@ -353,6 +361,7 @@ func (s *sequencer) serve(leader <-chan bool, term uint64) (closed bool) {
 		var (
 			batch []*Pending
 			size  int64
+			since time.Time
 		)
 		for {
 			if s.resync.Load() || s.lost(leader) {
@@ -360,7 +369,7 @@ func (s *sequencer) serve(leader <-chan bool, term uint64) (closed bool) {
 				return false
 			}
 			var closing bool
-			if batch, size, closing = s.take(); len(batch) > 0 {
+			if batch, size, since, closing = s.take(); len(batch) > 0 {
 				break
 			}
 			if closing {
@@ -376,7 +385,7 @@ func (s *sequencer) serve(leader <-chan bool, term uint64) (closed bool) {
 		}
 		last = max(last, s.now().UnixNano())
 		g := s.sequence(batch, &next, last)
-		g.term, g.size = term, size
+		g.term, g.size, g.since = term, size, since
 		if g.future == nil {
 			// Still in line: the refusal rests on offsets of entries that are
 			// not committed yet.
@@ -400,12 +409,13 @@ func (s *sequencer) lost(leader <-chan bool) bool {
 	}
 }
 
-// take returns waiting proposals for one entry, if that is due, and their size.
-func (s *sequencer) take() (batch []*Pending, size int64, closing bool) {
+// take returns waiting proposals for one entry, if that is due, their size, and
+// since when the first of them waits, at most.
+func (s *sequencer) take() (batch []*Pending, size int64, since time.Time, closing bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.due() {
-		return nil, 0, s.closing
+		return nil, 0, time.Time{}, s.closing
 	}
 	n, bytes := 0, 0
 	for n < len(s.queue) {
@@ -422,7 +432,7 @@ func (s *sequencer) take() (batch []*Pending, size int64, closing bool) {
 	}
 	s.queued -= size
 	s.inFlight += size
-	return batch, size, s.closing
+	return batch, size, s.since, s.closing
 }
 
 // sequence makes one entry of a batch and hands it to Raft.
@@ -470,6 +480,9 @@ func (s *sequencer) complete() {
 				}
 			}
 			failed = err != nil
+			if !failed && s.committed != nil {
+				s.committed(s.now().Sub(g.since))
+			}
 			if failed {
 				s.resync.Store(true)
 				s.poke()

@@ -183,3 +183,5 @@ func (s *snapshotDir) write(f *snapshotFile) error {
 	}
 	return nil
 }
+
+func (s *snapshotDir) remove(id string) error { return vfs.RemoveIfThere(s.fs, s.path(id)) }

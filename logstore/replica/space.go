@@ -28,7 +28,9 @@ type space struct {
 	full atomic.Bool
 	// short: there was too little for a segment.
 	short atomic.Bool
-	wake  chan struct{} // one token: the log found the disk full
+	// free is how many bytes were free when somebody looked last.
+	free atomic.Uint64
+	wake chan struct{} // one token: the log found the disk full
 }
 
 // hit is told by the log that there was no space.
@@ -65,6 +67,9 @@ func (r *Replica) watchSpace() {
 	said := false
 	for {
 		free, err := r.cfg.FS.Free(r.cfg.Dir)
+		if err == nil {
+			r.space.free.Store(free)
+		}
 		switch full := r.space.full.Load(); {
 		case err != nil:
 			r.cfg.Logger.Warn("cannot tell how much of the disk is free", "error", err)

@@ -23,6 +23,8 @@ type logStore struct {
 	// applied is the index of the last entry the FSM has seen; what is at or
 	// below it is committed and must never be cut off.
 	applied *atomic.Uint64
+	// seam is the first index that Raft may read, see seam.go; nil for 0.
+	seam *atomic.Uint64
 	// broken is told of everything after which the replica cannot go on; down
 	// returns what it was told first.
 	broken func(error)
@@ -87,6 +89,9 @@ func (s *logStore) LastIndex() (uint64, error) {
 // by sending or cutting; so there must be no other error. Where the log cannot
 // be read, the replica ends, and so does the goroutine that asked.
 func (s *logStore) GetLog(index uint64, out *raft.Log) error {
+	if s.seam != nil && index < s.seam.Load() {
+		return raft.ErrLogNotFound
+	}
 	gen := s.gens.use()
 	defer s.gens.release(gen)
 	if s.recent.get(gen, index, out) {

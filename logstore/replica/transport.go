@@ -81,6 +81,8 @@ type transport struct {
 	stall        time.Duration
 	dialTimeout  time.Duration
 	contacts     contacts
+	// told is the highest index that a leader has called committed.
+	told atomic.Uint64
 	// committed is the index up to which this server knows entries to be
 	// committed; nil in tests that have no state machine.
 	committed *watermark
@@ -317,11 +319,16 @@ func (t *transport) forward() {
 // deliver hands a request over, or answers it if it is none that a correct
 // server sends. It returns false when the transport is closed.
 func (t *transport) deliver(rpc raft.RPC) bool {
+	var committed uint64
+	if c, ok := rpc.Command.(*raft.AppendEntriesRequest); ok {
+		committed = c.LeaderCommitIndex // before mend takes it back to what is here
+	}
 	if err := mend(rpc.Command); err != nil {
 		t.logger.Error("refused a request that no correct server sends", "error", err)
 		rpc.Respond(&raft.AppendEntriesResponse{}, err)
 		return true
 	}
+	raise(&t.told, committed)
 	select {
 	case t.rpcs <- rpc:
 		return true

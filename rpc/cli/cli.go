@@ -75,6 +75,7 @@ func Commands(m *Meta) map[string]hcli.CommandFactory {
 		"operator raft list-peers":          verb(&listPeersCommand{question: question{node: node{Meta: m}}}),
 		"operator raft add-peer":            verb(&addPeerCommand{question: question{node: node{Meta: m}}}),
 		"operator raft remove-peer":         verb(&removePeerCommand{question: question{node: node{Meta: m}}}),
+		"operator snapshot save":            verb(&saveCommand{node: node{Meta: m}}),
 		"operator raft transfer-leadership": verb(&transferCommand{question: question{node: node{Meta: m}}}),
 	}
 }

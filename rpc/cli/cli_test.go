@@ -272,7 +272,7 @@ func TestServers(t *testing.T) {
 	if code := sh.run("servers", "-json"); code != 0 {
 		t.Fatalf("exit %d: %s", code, sh.err.String())
 	}
-	var out serversJSON
+	var out client.ServersJSON
 	if err := json.Unmarshal([]byte(sh.out.String()), &out); err != nil {
 		t.Fatal(err)
 	}

@@ -63,11 +63,25 @@ func (n *node) env(name string) string {
 	return v
 }
 
-// parse takes the verb's arguments.
+// parse takes the verb's arguments, all of which are options.
 func (n *node) parse(f *flags.Set, args []string) error {
 	if err := f.Parse(args); err != nil {
 		return err
 	}
+	return n.prepare(f)
+}
+
+// parseArgs takes the verb's arguments, and returns those behind the options.
+func (n *node) parseArgs(f *flags.Set, args []string) ([]string, error) {
+	rest, err := f.ParseArgs(args)
+	if err == nil {
+		err = n.prepare(f)
+	}
+	return rest, err
+}
+
+// prepare finds out how to connect.
+func (n *node) prepare(f *flags.Set) error {
 	on, err := n.wantsTLS(f)
 	if err != nil || !on {
 		return err

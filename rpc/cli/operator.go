@@ -52,7 +52,7 @@ func (p *peerFlags) find(list client.ServerList) (client.Server, error) {
 	return client.Server{}, fmt.Errorf("%d servers are called %q: use the -peer-id that `diurna operator raft list-peers` shows", len(found), what)
 }
 
-func nameOfServer(s client.Server) string { return nameOf(&serverJSON{ID: s.ID, Name: s.Name}) }
+func nameOfServer(s client.Server) string { return nameOf(&client.ServerJSON{ID: s.ID, Name: s.Name}) }
 
 // votersText says how many voters there are and what that means.
 func votersText(n int) string {
@@ -110,7 +110,7 @@ func (c *listPeersCommand) Run(args []string) int {
 			return code
 		}
 		if c.json {
-			return c.printJSON(toServersJSON(list))
+			return c.printJSON(list.JSON())
 		}
 		return c.print(peersTable(list))
 	})

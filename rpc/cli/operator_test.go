@@ -131,7 +131,7 @@ func TestListPeers(t *testing.T) {
 	if code := sh.run("operator", "raft", "list-peers", "-stale", "-json"); code != 0 {
 		t.Errorf("-stale: exit %d", code)
 	}
-	var out serversJSON
+	var out client.ServersJSON
 	if err := json.Unmarshal([]byte(sh.out.String()), &out); err != nil || len(out.Servers) != 3 || *out.Servers[1].Healthy {
 		t.Errorf("-json: %v, %s", err, sh.out.String())
 	}

@@ -181,7 +181,7 @@ func (c *produceCommand) produce(cl *client.Client) int {
 	}
 	run := newProduceRun(p)
 	defer run.giveUp()
-	progress := c.startProgress(p)
+	progress := c.showProgress(p)
 	go run.feedAll(c.source())
 
 	if !interrupted {

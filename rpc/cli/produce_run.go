@@ -245,45 +245,20 @@ func seconds(d time.Duration) string {
 	return fmt.Sprintf("%.1f s", d.Seconds())
 }
 
-// progress draws a line on the terminal while records are on their way.
-type progress struct {
-	quit, done chan struct{}
-}
-
-func (c *produceCommand) startProgress(p *client.Producer) *progress {
-	g := &progress{quit: make(chan struct{}), done: make(chan struct{})}
+// showProgress draws how many records were acknowledged.
+func (c *produceCommand) showProgress(p *client.Producer) *progress {
 	// Nor between the lines that somebody types.
-	if c.quiet || !c.stderrIsTerminal() || c.stdinIsTerminal() {
-		close(g.done)
-		return g
+	if c.quiet || c.stdinIsTerminal() {
+		return noProgress()
 	}
-	go func() {
-		defer close(g.done)
-		start, drawn := time.Now(), false
-		ticker := time.NewTicker(250 * time.Millisecond)
-		defer ticker.Stop()
-		for {
-			select {
-			case <-g.quit:
-				if drawn {
-					_, _ = io.WriteString(c.Stderr, "\r\x1b[K")
-				}
-				return
-			case <-ticker.C:
-				n := p.Outcome().Acknowledged
-				if n == 0 && !drawn {
-					continue // there may never be anything to tell
-				}
-				drawn = true
-				rate := float64(n) / time.Since(start).Seconds()
-				_, _ = fmt.Fprintf(c.Stderr, "\r\x1b[K%s acknowledged, %s/s", records(n), humanize.Comma(int64(rate)))
-			}
+	start, drawn := time.Now(), false
+	return c.startProgress(func() string {
+		n := p.Outcome().Acknowledged
+		if n == 0 && !drawn {
+			return "" // there may never be anything to tell
 		}
-	}()
-	return g
-}
-
-func (g *progress) stop() {
-	close(g.quit)
-	<-g.done
+		drawn = true
+		rate := float64(n) / time.Since(start).Seconds()
+		return fmt.Sprintf("%s acknowledged, %s/s", records(n), humanize.Comma(int64(rate)))
+	})
 }

@@ -393,7 +393,7 @@ func TestProduceTyped(t *testing.T) {
 	defer in.Close()
 	sh := newShell(clienttest.New().Start(t), in)
 	sh.IsTerminal = func(io.Writer) bool { return true }
-	g := (&produceCommand{node: node{Meta: sh.Meta}}).startProgress(nil)
+	g := (&produceCommand{node: node{Meta: sh.Meta}}).showProgress(nil)
 	select {
 	case <-g.done:
 	default:

@@ -52,7 +52,7 @@ func (c *serversCommand) Run(args []string) int {
 			c.askOthers(ctx, &list)
 		}
 		if c.json {
-			return c.printJSON(toServersJSON(list))
+			return c.printJSON(list.JSON())
 		}
 		return c.print(serversTable(list))
 	})
@@ -77,7 +77,7 @@ func serversTable(list client.ServerList) string {
 			id += " *"
 		}
 		first, next := "", ""
-		if offsetsKnown(list, s) {
+		if list.OffsetsKnown(s) {
 			first, next = fmt.Sprint(s.FirstOffset), fmt.Sprint(s.HighWatermark)
 		}
 		row(s.Name, id, s.Address, role(s), yes(s.Leader), health(s), number(s.Term), contact(s.LastContact), number(s.AppliedIndex), first, next, s.Version)
@@ -109,11 +109,6 @@ func health(s client.Server) string {
 	return text
 }
 
-// offsetsKnown: a node knows its own, and one that was asked has told them.
-func offsetsKnown(list client.ServerList, s client.Server) bool {
-	return s.ID == list.AnsweredBy || s.HighWatermark > 0
-}
-
 func yes(b bool) string {
 	if b {
 		return "yes"
@@ -133,53 +128,4 @@ func contact(d time.Duration) string {
 		return ""
 	}
 	return d.Round(time.Millisecond).String()
-}
-
-type serversJSON struct {
-	AnsweredBy string       `json:"answered_by"`
-	Servers    []serverJSON `json:"servers"`
-}
-
-type serverJSON struct {
-	ID            string  `json:"id"`
-	Name          string  `json:"name"`
-	Address       string  `json:"address"`
-	Role          string  `json:"role"`
-	Leader        bool    `json:"leader"`
-	Term          uint64  `json:"term,omitempty"`
-	LastContact   string  `json:"last_contact,omitempty"`
-	AppliedIndex  uint64  `json:"applied_index,omitempty"`
-	FirstOffset   *uint64 `json:"first_offset,omitempty"`
-	HighWatermark *uint64 `json:"high_watermark,omitempty"`
-	Version       string  `json:"version,omitempty"`
-	// Healthy is left out where it is not known.
-	Healthy        *bool      `json:"healthy,omitempty"`
-	StableSince    *time.Time `json:"stable_since,omitempty"`
-	State          string     `json:"state,omitempty"`
-	CatalogAddress string     `json:"catalog_address,omitempty"`
-	Build          string     `json:"build,omitempty"`
-	// CertificateExpires is there only with TLS.
-	CertificateExpires *time.Time `json:"certificate_expires,omitempty"`
-}
-
-func toServersJSON(list client.ServerList) serversJSON {
-	out := serversJSON{AnsweredBy: list.AnsweredBy, Servers: []serverJSON{}}
-	for _, s := range list.Servers {
-		j := serverJSON{
-			ID: s.ID, Name: s.Name, Address: s.Address, Role: role(s), Leader: s.Leader, Term: s.Term,
-			LastContact: contact(s.LastContact), AppliedIndex: s.AppliedIndex, Version: s.Version,
-			Healthy: s.Healthy, State: s.State, CatalogAddress: s.CatalogAddress, Build: s.Build,
-		}
-		if !s.StableSince.IsZero() {
-			j.StableSince = &s.StableSince
-		}
-		if !s.CertificateExpires.IsZero() {
-			j.CertificateExpires = &s.CertificateExpires
-		}
-		if offsetsKnown(list, s) {
-			j.FirstOffset, j.HighWatermark = &s.FirstOffset, &s.HighWatermark
-		}
-		out.Servers = append(out.Servers, j)
-	}
-	return out
 }

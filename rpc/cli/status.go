@@ -47,13 +47,13 @@ type nodeStatus struct {
 	Address string `json:"address"`
 	Healthy bool   `json:"healthy"`
 	// Problem says why not all is well: Problems, as one text.
-	Problem  string      `json:"problem,omitempty"`
-	Problems []string    `json:"problems,omitempty"`
-	Health   string      `json:"health,omitempty"`
-	Self     *serverJSON `json:"self,omitempty"`
-	Leader   *serverJSON `json:"leader,omitempty"`
-	Servers  int         `json:"servers"`
-	Voters   int         `json:"voters"`
+	Problem  string             `json:"problem,omitempty"`
+	Problems []string           `json:"problems,omitempty"`
+	Health   string             `json:"health,omitempty"`
+	Self     *client.ServerJSON `json:"self,omitempty"`
+	Leader   *client.ServerJSON `json:"leader,omitempty"`
+	Servers  int                `json:"servers"`
+	Voters   int                `json:"voters"`
 }
 
 func (c *statusCommand) Run(args []string) int {
@@ -97,7 +97,7 @@ func (c *statusCommand) askStatus(ctx context.Context, cl *client.Client) (nodeS
 	}
 	status.Servers, status.Voters = len(list.Servers), list.Voters()
 	var unhealthy []string
-	for i, s := range toServersJSON(list).Servers {
+	for i, s := range list.JSON().Servers {
 		if s.ID == list.AnsweredBy {
 			status.Self = &s
 		}
@@ -177,7 +177,7 @@ func statusText(s nodeStatus) string {
 	return b.String()
 }
 
-func nameOf(s *serverJSON) string {
+func nameOf(s *client.ServerJSON) string {
 	if s.Name == "" || s.Name == s.ID {
 		return s.ID
 	}

@@ -12,6 +12,7 @@ package v1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -495,11 +496,322 @@ func (x *LeaveResponse) GetId() string {
 	return ""
 }
 
+// SnapshotRequest asks for a copy of the log.
+type SnapshotRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Be content with what the node that is asked has, which may lack what was
+	// acknowledged last: the way to save what there is of a cluster without a
+	// leader.
+	Stale         bool `protobuf:"varint,1,opt,name=stale,proto3" json:"stale,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotRequest) Reset() {
+	*x = SnapshotRequest{}
+	mi := &file_v1_admin_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotRequest) ProtoMessage() {}
+
+func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_admin_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
+func (*SnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_v1_admin_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *SnapshotRequest) GetStale() bool {
+	if x != nil {
+		return x.Stale
+	}
+	return false
+}
+
+// SnapshotResponse is a part of a snapshot.
+type SnapshotResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Part:
+	//
+	//	*SnapshotResponse_Info
+	//	*SnapshotResponse_Data
+	//	*SnapshotResponse_End
+	Part          isSnapshotResponse_Part `protobuf_oneof:"part"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotResponse) Reset() {
+	*x = SnapshotResponse{}
+	mi := &file_v1_admin_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotResponse) ProtoMessage() {}
+
+func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_admin_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotResponse.ProtoReflect.Descriptor instead.
+func (*SnapshotResponse) Descriptor() ([]byte, []int) {
+	return file_v1_admin_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *SnapshotResponse) GetPart() isSnapshotResponse_Part {
+	if x != nil {
+		return x.Part
+	}
+	return nil
+}
+
+func (x *SnapshotResponse) GetInfo() *SnapshotInfo {
+	if x != nil {
+		if x, ok := x.Part.(*SnapshotResponse_Info); ok {
+			return x.Info
+		}
+	}
+	return nil
+}
+
+func (x *SnapshotResponse) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Part.(*SnapshotResponse_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+func (x *SnapshotResponse) GetEnd() *SnapshotEnd {
+	if x != nil {
+		if x, ok := x.Part.(*SnapshotResponse_End); ok {
+			return x.End
+		}
+	}
+	return nil
+}
+
+type isSnapshotResponse_Part interface {
+	isSnapshotResponse_Part()
+}
+
+type SnapshotResponse_Info struct {
+	// First: what is to come.
+	Info *SnapshotInfo `protobuf:"bytes,1,opt,name=info,proto3,oneof"`
+}
+
+type SnapshotResponse_Data struct {
+	// The bytes of the file, at most 1 MiB in a message.
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+type SnapshotResponse_End struct {
+	// Last: without it, the snapshot is not whole.
+	End *SnapshotEnd `protobuf:"bytes,3,opt,name=end,proto3,oneof"`
+}
+
+func (*SnapshotResponse_Info) isSnapshotResponse_Part() {}
+
+func (*SnapshotResponse_Data) isSnapshotResponse_Part() {}
+
+func (*SnapshotResponse_End) isSnapshotResponse_Part() {}
+
+// SnapshotInfo says what a snapshot holds.
+type SnapshotInfo struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The id of the cluster, and its configured name.
+	ClusterId string `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Cluster   string `protobuf:"bytes,2,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	// The id of the node that answers.
+	NodeId string `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	// When, by that node's clock.
+	Taken *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=taken,proto3" json:"taken,omitempty"`
+	// The offset of the first record, and the one after the last record.
+	FirstOffset uint64 `protobuf:"varint,5,opt,name=first_offset,json=firstOffset,proto3" json:"first_offset,omitempty"`
+	NextOffset  uint64 `protobuf:"varint,6,opt,name=next_offset,json=nextOffset,proto3" json:"next_offset,omitempty"`
+	// Raft index and term of the last entry.
+	Index uint64 `protobuf:"varint,7,opt,name=index,proto3" json:"index,omitempty"`
+	Term  uint64 `protobuf:"varint,8,opt,name=term,proto3" json:"term,omitempty"`
+	// How many bytes of data will come.
+	Size          uint64 `protobuf:"varint,9,opt,name=size,proto3" json:"size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotInfo) Reset() {
+	*x = SnapshotInfo{}
+	mi := &file_v1_admin_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotInfo) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotInfo) ProtoMessage() {}
+
+func (x *SnapshotInfo) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_admin_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotInfo.ProtoReflect.Descriptor instead.
+func (*SnapshotInfo) Descriptor() ([]byte, []int) {
+	return file_v1_admin_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *SnapshotInfo) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+func (x *SnapshotInfo) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *SnapshotInfo) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *SnapshotInfo) GetTaken() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Taken
+	}
+	return nil
+}
+
+func (x *SnapshotInfo) GetFirstOffset() uint64 {
+	if x != nil {
+		return x.FirstOffset
+	}
+	return 0
+}
+
+func (x *SnapshotInfo) GetNextOffset() uint64 {
+	if x != nil {
+		return x.NextOffset
+	}
+	return 0
+}
+
+func (x *SnapshotInfo) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *SnapshotInfo) GetTerm() uint64 {
+	if x != nil {
+		return x.Term
+	}
+	return 0
+}
+
+func (x *SnapshotInfo) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+// SnapshotEnd ends a snapshot that is whole.
+type SnapshotEnd struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The SHA-256 of all of its data.
+	Sha256        []byte `protobuf:"bytes,1,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotEnd) Reset() {
+	*x = SnapshotEnd{}
+	mi := &file_v1_admin_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotEnd) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotEnd) ProtoMessage() {}
+
+func (x *SnapshotEnd) ProtoReflect() protoreflect.Message {
+	mi := &file_v1_admin_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotEnd.ProtoReflect.Descriptor instead.
+func (*SnapshotEnd) Descriptor() ([]byte, []int) {
+	return file_v1_admin_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *SnapshotEnd) GetSha256() []byte {
+	if x != nil {
+		return x.Sha256
+	}
+	return nil
+}
+
 var File_v1_admin_proto protoreflect.FileDescriptor
 
 const file_v1_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x0ev1/admin.proto\x12\tdiurna.v1\x1a\fv1/log.proto\"(\n" +
+	"\x0ev1/admin.proto\x12\tdiurna.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\fv1/log.proto\"(\n" +
 	"\x10ListPeersRequest\x12\x14\n" +
 	"\x05stale\x18\x01 \x01(\bR\x05stale\"a\n" +
 	"\x11ListPeersResponse\x12+\n" +
@@ -523,14 +835,36 @@ const file_v1_admin_proto_rawDesc = "" +
 	"\fLeaveRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x1f\n" +
 	"\rLeaveResponse\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id2\xfb\x02\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"'\n" +
+	"\x0fSnapshotRequest\x12\x14\n" +
+	"\x05stale\x18\x01 \x01(\bR\x05stale\"\x8b\x01\n" +
+	"\x10SnapshotResponse\x12-\n" +
+	"\x04info\x18\x01 \x01(\v2\x17.diurna.v1.SnapshotInfoH\x00R\x04info\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04data\x12*\n" +
+	"\x03end\x18\x03 \x01(\v2\x16.diurna.v1.SnapshotEndH\x00R\x03endB\x06\n" +
+	"\x04part\"\x94\x02\n" +
+	"\fSnapshotInfo\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x18\n" +
+	"\acluster\x18\x02 \x01(\tR\acluster\x12\x17\n" +
+	"\anode_id\x18\x03 \x01(\tR\x06nodeId\x120\n" +
+	"\x05taken\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05taken\x12!\n" +
+	"\ffirst_offset\x18\x05 \x01(\x04R\vfirstOffset\x12\x1f\n" +
+	"\vnext_offset\x18\x06 \x01(\x04R\n" +
+	"nextOffset\x12\x14\n" +
+	"\x05index\x18\a \x01(\x04R\x05index\x12\x12\n" +
+	"\x04term\x18\b \x01(\x04R\x04term\x12\x12\n" +
+	"\x04size\x18\t \x01(\x04R\x04size\"%\n" +
+	"\vSnapshotEnd\x12\x16\n" +
+	"\x06sha256\x18\x01 \x01(\fR\x06sha2562\xc2\x03\n" +
 	"\x05Admin\x12F\n" +
 	"\tListPeers\x12\x1b.diurna.v1.ListPeersRequest\x1a\x1c.diurna.v1.ListPeersResponse\x12@\n" +
 	"\aAddPeer\x12\x19.diurna.v1.AddPeerRequest\x1a\x1a.diurna.v1.AddPeerResponse\x12I\n" +
 	"\n" +
 	"RemovePeer\x12\x1c.diurna.v1.RemovePeerRequest\x1a\x1d.diurna.v1.RemovePeerResponse\x12a\n" +
 	"\x12TransferLeadership\x12$.diurna.v1.TransferLeadershipRequest\x1a%.diurna.v1.TransferLeadershipResponse\x12:\n" +
-	"\x05Leave\x12\x17.diurna.v1.LeaveRequest\x1a\x18.diurna.v1.LeaveResponseB'Z%github.com/diurnalog/diurna/rpc/v1;v1b\x06proto3"
+	"\x05Leave\x12\x17.diurna.v1.LeaveRequest\x1a\x18.diurna.v1.LeaveResponse\x12E\n" +
+	"\bSnapshot\x12\x1a.diurna.v1.SnapshotRequest\x1a\x1b.diurna.v1.SnapshotResponse0\x01B'Z%github.com/diurnalog/diurna/rpc/v1;v1b\x06proto3"
 
 var (
 	file_v1_admin_proto_rawDescOnce sync.Once
@@ -544,7 +878,7 @@ func file_v1_admin_proto_rawDescGZIP() []byte {
 	return file_v1_admin_proto_rawDescData
 }
 
-var file_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_v1_admin_proto_goTypes = []any{
 	(*ListPeersRequest)(nil),           // 0: diurna.v1.ListPeersRequest
 	(*ListPeersResponse)(nil),          // 1: diurna.v1.ListPeersResponse
@@ -556,25 +890,35 @@ var file_v1_admin_proto_goTypes = []any{
 	(*TransferLeadershipResponse)(nil), // 7: diurna.v1.TransferLeadershipResponse
 	(*LeaveRequest)(nil),               // 8: diurna.v1.LeaveRequest
 	(*LeaveResponse)(nil),              // 9: diurna.v1.LeaveResponse
-	(*Server)(nil),                     // 10: diurna.v1.Server
+	(*SnapshotRequest)(nil),            // 10: diurna.v1.SnapshotRequest
+	(*SnapshotResponse)(nil),           // 11: diurna.v1.SnapshotResponse
+	(*SnapshotInfo)(nil),               // 12: diurna.v1.SnapshotInfo
+	(*SnapshotEnd)(nil),                // 13: diurna.v1.SnapshotEnd
+	(*Server)(nil),                     // 14: diurna.v1.Server
+	(*timestamppb.Timestamp)(nil),      // 15: google.protobuf.Timestamp
 }
 var file_v1_admin_proto_depIdxs = []int32{
-	10, // 0: diurna.v1.ListPeersResponse.servers:type_name -> diurna.v1.Server
-	0,  // 1: diurna.v1.Admin.ListPeers:input_type -> diurna.v1.ListPeersRequest
-	2,  // 2: diurna.v1.Admin.AddPeer:input_type -> diurna.v1.AddPeerRequest
-	4,  // 3: diurna.v1.Admin.RemovePeer:input_type -> diurna.v1.RemovePeerRequest
-	6,  // 4: diurna.v1.Admin.TransferLeadership:input_type -> diurna.v1.TransferLeadershipRequest
-	8,  // 5: diurna.v1.Admin.Leave:input_type -> diurna.v1.LeaveRequest
-	1,  // 6: diurna.v1.Admin.ListPeers:output_type -> diurna.v1.ListPeersResponse
-	3,  // 7: diurna.v1.Admin.AddPeer:output_type -> diurna.v1.AddPeerResponse
-	5,  // 8: diurna.v1.Admin.RemovePeer:output_type -> diurna.v1.RemovePeerResponse
-	7,  // 9: diurna.v1.Admin.TransferLeadership:output_type -> diurna.v1.TransferLeadershipResponse
-	9,  // 10: diurna.v1.Admin.Leave:output_type -> diurna.v1.LeaveResponse
-	6,  // [6:11] is the sub-list for method output_type
-	1,  // [1:6] is the sub-list for method input_type
-	1,  // [1:1] is the sub-list for extension type_name
-	1,  // [1:1] is the sub-list for extension extendee
-	0,  // [0:1] is the sub-list for field type_name
+	14, // 0: diurna.v1.ListPeersResponse.servers:type_name -> diurna.v1.Server
+	12, // 1: diurna.v1.SnapshotResponse.info:type_name -> diurna.v1.SnapshotInfo
+	13, // 2: diurna.v1.SnapshotResponse.end:type_name -> diurna.v1.SnapshotEnd
+	15, // 3: diurna.v1.SnapshotInfo.taken:type_name -> google.protobuf.Timestamp
+	0,  // 4: diurna.v1.Admin.ListPeers:input_type -> diurna.v1.ListPeersRequest
+	2,  // 5: diurna.v1.Admin.AddPeer:input_type -> diurna.v1.AddPeerRequest
+	4,  // 6: diurna.v1.Admin.RemovePeer:input_type -> diurna.v1.RemovePeerRequest
+	6,  // 7: diurna.v1.Admin.TransferLeadership:input_type -> diurna.v1.TransferLeadershipRequest
+	8,  // 8: diurna.v1.Admin.Leave:input_type -> diurna.v1.LeaveRequest
+	10, // 9: diurna.v1.Admin.Snapshot:input_type -> diurna.v1.SnapshotRequest
+	1,  // 10: diurna.v1.Admin.ListPeers:output_type -> diurna.v1.ListPeersResponse
+	3,  // 11: diurna.v1.Admin.AddPeer:output_type -> diurna.v1.AddPeerResponse
+	5,  // 12: diurna.v1.Admin.RemovePeer:output_type -> diurna.v1.RemovePeerResponse
+	7,  // 13: diurna.v1.Admin.TransferLeadership:output_type -> diurna.v1.TransferLeadershipResponse
+	9,  // 14: diurna.v1.Admin.Leave:output_type -> diurna.v1.LeaveResponse
+	11, // 15: diurna.v1.Admin.Snapshot:output_type -> diurna.v1.SnapshotResponse
+	10, // [10:16] is the sub-list for method output_type
+	4,  // [4:10] is the sub-list for method input_type
+	4,  // [4:4] is the sub-list for extension type_name
+	4,  // [4:4] is the sub-list for extension extendee
+	0,  // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_v1_admin_proto_init() }
@@ -585,13 +929,18 @@ func file_v1_admin_proto_init() {
 	file_v1_log_proto_init()
 	file_v1_admin_proto_msgTypes[3].OneofWrappers = []any{}
 	file_v1_admin_proto_msgTypes[5].OneofWrappers = []any{}
+	file_v1_admin_proto_msgTypes[11].OneofWrappers = []any{
+		(*SnapshotResponse_Info)(nil),
+		(*SnapshotResponse_Data)(nil),
+		(*SnapshotResponse_End)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_v1_admin_proto_rawDesc), len(file_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

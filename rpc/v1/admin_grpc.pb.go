@@ -27,16 +27,18 @@ const (
 	Admin_RemovePeer_FullMethodName         = "/diurna.v1.Admin/RemovePeer"
 	Admin_TransferLeadership_FullMethodName = "/diurna.v1.Admin/TransferLeadership"
 	Admin_Leave_FullMethodName              = "/diurna.v1.Admin/Leave"
+	Admin_Snapshot_FullMethodName           = "/diurna.v1.Admin/Snapshot"
 )
 
 // AdminClient is the client API for Admin service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Admin changes who is in the cluster and who leads it.
+// Admin changes who is in the cluster and who leads it, and saves the log.
 //
 // Any node takes these calls: one that does not lead passes them on to the
-// leader, once. Leave is the exception, it is about the node that is asked. A
+// leader, once. Leave and Snapshot are the exceptions, they are about the node
+// that is asked. A
 // change that was begun and whose outcome is not known fails with
 // UNKNOWN_OUTCOME: ListPeers tells. Every other error is definite.
 type AdminClient interface {
@@ -57,6 +59,14 @@ type AdminClient interface {
 	// Leave makes the node that is asked leave the cluster, and answers once it
 	// is out. It then stops serving. Its data stays on its disk.
 	Leave(ctx context.Context, in *LeaveRequest, opts ...grpc.CallOption) (*LeaveResponse, error)
+	// Snapshot streams a copy of the log, from its first record to the last one
+	// that was acknowledged before the call, in the format of docs/FORMAT.md. The
+	// node that is asked reads it from its own disk. The first message is the
+	// info, the last one the end; between them is data. What is appended or
+	// deleted meanwhile changes nothing. Fails with TOO_MANY_CALLS where the node
+	// serves as many as it will, and with DEADLINE_EXCEEDED where the caller takes
+	// nothing for a minute.
+	Snapshot(ctx context.Context, in *SnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SnapshotResponse], error)
 }
 
 type adminClient struct {
@@ -117,14 +127,34 @@ func (c *adminClient) Leave(ctx context.Context, in *LeaveRequest, opts ...grpc.
 	return out, nil
 }
 
+func (c *adminClient) Snapshot(ctx context.Context, in *SnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SnapshotResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[0], Admin_Snapshot_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[SnapshotRequest, SnapshotResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_SnapshotClient = grpc.ServerStreamingClient[SnapshotResponse]
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
 //
-// Admin changes who is in the cluster and who leads it.
+// Admin changes who is in the cluster and who leads it, and saves the log.
 //
 // Any node takes these calls: one that does not lead passes them on to the
-// leader, once. Leave is the exception, it is about the node that is asked. A
+// leader, once. Leave and Snapshot are the exceptions, they are about the node
+// that is asked. A
 // change that was begun and whose outcome is not known fails with
 // UNKNOWN_OUTCOME: ListPeers tells. Every other error is definite.
 type AdminServer interface {
@@ -145,6 +175,14 @@ type AdminServer interface {
 	// Leave makes the node that is asked leave the cluster, and answers once it
 	// is out. It then stops serving. Its data stays on its disk.
 	Leave(context.Context, *LeaveRequest) (*LeaveResponse, error)
+	// Snapshot streams a copy of the log, from its first record to the last one
+	// that was acknowledged before the call, in the format of docs/FORMAT.md. The
+	// node that is asked reads it from its own disk. The first message is the
+	// info, the last one the end; between them is data. What is appended or
+	// deleted meanwhile changes nothing. Fails with TOO_MANY_CALLS where the node
+	// serves as many as it will, and with DEADLINE_EXCEEDED where the caller takes
+	// nothing for a minute.
+	Snapshot(*SnapshotRequest, grpc.ServerStreamingServer[SnapshotResponse]) error
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -169,6 +207,9 @@ func (UnimplementedAdminServer) TransferLeadership(context.Context, *TransferLea
 }
 func (UnimplementedAdminServer) Leave(context.Context, *LeaveRequest) (*LeaveResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Leave not implemented")
+}
+func (UnimplementedAdminServer) Snapshot(*SnapshotRequest, grpc.ServerStreamingServer[SnapshotResponse]) error {
+	return status.Error(codes.Unimplemented, "method Snapshot not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -281,6 +322,17 @@ func _Admin_Leave_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_Snapshot_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(SnapshotRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).Snapshot(m, &grpc.GenericServerStream[SnapshotRequest, SnapshotResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_SnapshotServer = grpc.ServerStreamingServer[SnapshotResponse]
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -309,6 +361,12 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Admin_Leave_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Snapshot",
+			Handler:       _Admin_Snapshot_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "v1/admin.proto",
 }

@@ -110,8 +110,11 @@ type StatusResponse struct {
 	DiskFull bool `protobuf:"varint,19,opt,name=disk_full,json=diskFull,proto3" json:"disk_full,omitempty"`
 	// When the node's certificate expires; unset where it has none.
 	CertificateExpires *timestamppb.Timestamp `protobuf:"bytes,20,opt,name=certificate_expires,json=certificateExpires,proto3" json:"certificate_expires,omitempty"`
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	// The id of the cluster that this one was recovered from, with
+	// `diurna operator raft recover`; empty for all others.
+	Supersedes    string `protobuf:"bytes,21,opt,name=supersedes,proto3" json:"supersedes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
@@ -282,6 +285,13 @@ func (x *StatusResponse) GetCertificateExpires() *timestamppb.Timestamp {
 		return x.CertificateExpires
 	}
 	return nil
+}
+
+func (x *StatusResponse) GetSupersedes() string {
+	if x != nil {
+		return x.Supersedes
+	}
+	return ""
 }
 
 // ReadIndexRequest asks the leader how far a linearizable read has to see.
@@ -622,7 +632,7 @@ var File_v1_peer_proto protoreflect.FileDescriptor
 const file_v1_peer_proto_rawDesc = "" +
 	"\n" +
 	"\rv1/peer.proto\x12\tdiurna.v1\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\fv1/log.proto\"\x0f\n" +
-	"\rStatusRequest\"\x96\x05\n" +
+	"\rStatusRequest\"\xb6\x05\n" +
 	"\x0eStatusResponse\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -648,7 +658,10 @@ const file_v1_peer_proto_rawDesc = "" +
 	"\vnext_offset\x18\x12 \x01(\x04R\n" +
 	"nextOffset\x12\x1b\n" +
 	"\tdisk_full\x18\x13 \x01(\bR\bdiskFull\x12K\n" +
-	"\x13certificate_expires\x18\x14 \x01(\v2\x1a.google.protobuf.TimestampR\x12certificateExpires\"1\n" +
+	"\x13certificate_expires\x18\x14 \x01(\v2\x1a.google.protobuf.TimestampR\x12certificateExpires\x12\x1e\n" +
+	"\n" +
+	"supersedes\x18\x15 \x01(\tR\n" +
+	"supersedes\"1\n" +
 	"\x10ReadIndexRequest\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\")\n" +
