@@ -53,8 +53,8 @@ cluster: build ## Build, then run three nodes and a real Consul until Ctrl-C (TL
 
 .PHONY: image
 image: ## Build the image diurna:dev, and diurna:VERSION
-	CGO_ENABLED=0 GOOS=linux $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' -o bin/image/diurna .
-	@VERSION='$(VERSION)' REVISION='$(REVISION)' scripts/image.sh bin/image/diurna $(sort diurna:dev diurna:$(VERSION))
+	CGO_ENABLED=0 GOOS=linux $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' -o bin/linux/diurna .
+	@VERSION='$(VERSION)' REVISION='$(REVISION)' scripts/image.sh bin/linux/diurna $(sort diurna:dev diurna:$(VERSION))
 
 .PHONY: images
 images: ## Have the images of Consul and Vault: pull them, or build stand-ins

@@ -1,3 +1,8 @@
+//go:build !race
+
+// Nothing of this runs in the test's own process, so the race detector has nothing to
+// look at.
+
 package agent
 
 import (
@@ -19,6 +24,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/diurnalog/diurna/agent/config"
 	"github.com/diurnalog/diurna/logstore/vfs/vfstest"
 )
 
@@ -111,6 +117,23 @@ func TestComposeImages(t *testing.T) {
 	}
 }
 
+// TestComposeConfiguration: the nodes of the stack take their configuration and their
+// policy, which is looked at without an engine.
+func TestComposeConfiguration(t *testing.T) {
+	dir := filepath.Join("..", "compose", "diurna.d")
+	over := []config.Override{
+		{Flag: "-advertise", Key: "listener.advertise", Value: "10.0.0.1:8400"},
+		{Flag: "-policy-file", Key: "acl.policy_file", Value: filepath.Join(dir, "policy.csv")},
+	}
+	if _, err := config.Load(config.Sources{Dirs: []string{dir}, Overrides: over}); err != nil {
+		t.Error(err)
+	}
+	code, stdout, stderr := runDiurna(t, "", "acl", "check", "spiffe://diurna.diurna/client/producer", "default", "produce", "-policy-file", filepath.Join(dir, "policy.csv"))
+	if code != exitOK {
+		t.Errorf("acl check: exit %d\n%s%s", code, stdout, stderr)
+	}
+}
+
 var stackNodes = []string{"n1", "n2", "n3"}
 
 // stack is a running project of Compose.
@@ -122,6 +145,7 @@ type stack struct {
 	project string
 	env     []string
 	picked  []string
+	ids     map[string]string // of services' containers, since the last up
 	// What was produced so far: how many records, and the sum of their lines.
 	records int
 	sum     interface {
@@ -236,6 +260,10 @@ func (s *stack) up() {
 		}
 		_, text, err = s.try(s.ctx, 5*time.Minute, nil, "scripts/compose.sh", "up", "-d")
 		if err == nil {
+			s.ids = make(map[string]string)
+			for _, service := range append([]string{"consul"}, stackNodes...) {
+				s.ids[service] = strings.TrimSpace(string(s.compose(nil, "ps", "-q", service)))
+			}
 			return
 		}
 		if !strings.Contains(text, "overlap") {
@@ -261,7 +289,7 @@ func (s *stack) pick() string {
 // is nothing to be told by.
 func (s *stack) until(what string, ok func() error) {
 	s.t.Helper()
-	deadline := time.Now().Add(2 * patience)
+	deadline := time.Now().Add(3 * patience)
 	why := ""
 	for {
 		err := ok()
@@ -297,7 +325,7 @@ type nodeSays struct {
 // status asks a node, in its own container.
 func (s *stack) status(node string) (says nodeSays, err error) {
 	// A node that is unwell says so, and in an exit code.
-	out, text, err := s.try(s.ctx, time.Minute, nil, "scripts/compose.sh", "exec", "-T", node, "/bin/diurna", "status", "-json")
+	out, text, err := s.try(s.ctx, time.Minute, nil, "docker", "exec", s.ids[node], "/bin/diurna", "status", "-json")
 	if jerr := json.Unmarshal(out, &says); jerr != nil {
 		return says, fmt.Errorf("%s: %w: %v: %s%s", node, jerr, err, text, out)
 	}
@@ -323,7 +351,7 @@ func (s *stack) awaitVoters() {
 func (s *stack) awaitRegistered() {
 	s.t.Helper()
 	s.until("Consul lists three nodes", func() error {
-		out, text, err := s.try(s.ctx, time.Minute, nil, "scripts/compose.sh", "exec", "-T", "consul",
+		out, text, err := s.try(s.ctx, time.Minute, nil, "docker", "exec", s.ids["consul"],
 			"wget", "-q", "-O", "-", "http://127.0.0.1:8500/v1/health/service/diurna?passing")
 		if err != nil {
 			return fmt.Errorf("%w: %s", err, text)
@@ -451,7 +479,7 @@ func (s *stack) followPage() {
 				s.note("there is no curl here, so this is not tried: %s", command)
 				continue
 			}
-			here := []string{"scripts/compose.sh", filepath.Join(s.top, "scripts", "compose.sh"), "bin/image/diurna", diurna(s.t), "logs -f ", "logs "}
+			here := []string{"scripts/compose.sh", filepath.Join(s.top, "scripts", "compose.sh"), "bin/linux/diurna", diurna(s.t), "logs -f ", "logs "}
 			if strings.Contains(command, "localhost:") { // at another port after each start
 				here = append(here, "localhost:8400", s.port("n1", "8400/tcp"), "localhost:8402", s.port("n1", "8402/tcp"))
 			}
@@ -479,8 +507,7 @@ func (s *stack) followPage() {
 // port is where a port of a service is reached from this machine.
 func (s *stack) port(service, port string) string {
 	s.t.Helper()
-	container := strings.TrimSpace(string(s.compose(nil, "ps", "-q", service)))
-	out := s.run(time.Minute, nil, "docker", "inspect", "-f", fmt.Sprintf("{{ (index .NetworkSettings.Ports %q 0).HostPort }}", port), container)
+	out := s.run(time.Minute, nil, "docker", "inspect", "-f", fmt.Sprintf("{{ (index .NetworkSettings.Ports %q 0).HostPort }}", port), s.ids[service])
 	return "127.0.0.1:" + strings.TrimSpace(string(out))
 }
 
@@ -505,8 +532,7 @@ func (s *stack) resolve() {
 // at the address that it had.
 func (s *stack) cut(node string) (reconnect func()) {
 	s.t.Helper()
-	container := strings.TrimSpace(string(s.compose(nil, "ps", "-q", node)))
-	network := s.project + "_default"
+	container, network := s.ids[node], s.project+"_default"
 	address := strings.TrimSpace(string(s.run(time.Minute, nil, "docker", "inspect", "-f",
 		fmt.Sprintf("{{ (index .NetworkSettings.Networks %q).IPAddress }}", network), container)))
 	s.run(time.Minute, nil, "docker", "network", "disconnect", network, container)

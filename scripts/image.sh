@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds Diurna's image from a static binary for Linux that is there already.
 #
-#   [ROOTFS=bin/image/rootfs] [VERSION=dev] [REVISION=unknown] scripts/image.sh BINARY TAG...
+#   [ROOTFS=bin/image] [VERSION=dev] [REVISION=unknown] scripts/image.sh BINARY TAG...
 #
 # What goes into the image is laid out in ROOTFS first, and stays there.
 set -euo pipefail
@@ -13,12 +13,7 @@ if [ $# -lt 2 ]; then
 fi
 binary=$1
 shift
-rootfs=${ROOTFS:-bin/image/rootfs}
-case $rootfs in
-  */rootfs) ;;
-  *) echo "Error: ROOTFS is \"$rootfs\"; its last part has to be rootfs" >&2; exit 1 ;;
-esac
-
+rootfs=${ROOTFS:-bin/image}
 mkdir -p "$rootfs/base/bin" "$rootfs/base/tmp" "$rootfs/data/diurna"
 chmod 1777 "$rootfs/base/tmp"
 chmod 750 "$rootfs/data/diurna"
@@ -30,7 +25,7 @@ mv "$rootfs/base/bin/.new" "$rootfs/base/bin/diurna"
 tags=()
 for tag in "$@"; do tags+=(-t "$tag"); done
 output=$(docker build "${tags[@]}" --build-arg "VERSION=${VERSION:-dev}" --build-arg "REVISION=${REVISION:-unknown}" \
-  -f "$here/../compose/Dockerfile" "$(dirname "$rootfs")" 2>&1) || {
+  -f "$here/../compose/Dockerfile" "$rootfs" 2>&1) || {
   echo "$output" >&2
   exit 1
 }
