@@ -44,10 +44,17 @@ func TestClusterDrain(t *testing.T) {
 		})
 
 		leader.terminate(t) // wants exit 0
-		for _, l := range leader.log(t) {
+		// One that hands over follows whom it made leader before it ends.
+		lines, handedOver := leader.log(t), false
+		i := slices.IndexFunc(lines, func(l logLine) bool { return l.message() == "stopping" })
+		for _, l := range lines[i:] {
+			handedOver = handedOver || l.message() == "entering follower state"
 			if m := l.message(); strings.Contains(m, "could not be handed over") || strings.Contains(m, "cut off") || strings.Contains(m, "deregister") {
 				t.Errorf("%s says %v", leader.name, l)
 			}
+		}
+		if !handedOver {
+			t.Errorf("%s ended as the leader: the others had to notice", leader.name)
 		}
 		others := slices.DeleteFunc(slices.Clone(c.nodes), func(m *member) bool { return m == leader })
 		c.awaitDNS(t, "diurna", ports(others...))

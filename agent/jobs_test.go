@@ -120,30 +120,12 @@ func TestNomadProduction(t *testing.T) {
 		t.Skip("there is no Docker engine to run the job with")
 	}
 	t.Parallel()
-	jobs := filepath.Join(program.home, "..", "jobs")
 	image := importImage(t)
 	c := &trustedCluster{processCluster: &processCluster{consul: consultest.Start(t, consultest.Options{ACL: true}), dir: t.TempDir()}, vault: identitytest.StartVault(t)}
 	n := startNomadForContainers(t, c.consul)
-	// What docs/nomad.md says has to be done once.
-	jwks := n.url + "/.well-known/jwks.json"
-	c.vault.Setup(t, "diurna", "JWT_JWKS_URL="+jwks, "JWT_MOUNT=jwt-nomad", "JWT_USER_CLAIM=/nomad_job_id",
-		`JWT_BOUND_CLAIMS={"nomad_namespace":"default","nomad_job_id":"diurna"}`)
-	env := []string{"PATH=" + os.Getenv("PATH"), "HOME=" + c.dir, "CONSUL_HTTP_ADDR=" + c.consul.HTTP, "CONSUL_HTTP_TOKEN=" + c.consul.Token}
-	consul := findTool(t, "consul")
-	for _, args := range [][]string{
-		{n.binary, "setup", "consul", "-y", "-jwks-url=" + jwks},
-		{consul, "acl", "policy", "create", "-name=diurna-server", "-rules=@" + filepath.Join(jobs, "consul-policy.hcl")},
-		{consul, "acl", "role", "create", "-name=diurna-server", "-policy-name=diurna-server"},
-		{consul, "acl", "binding-rule", "create", "-method=nomad-workloads", "-bind-type=role", "-bind-name=diurna-server",
-			`-selector=value.nomad_namespace == "default" and value.nomad_job_id == "diurna"`},
-	} {
-		cmd := exec.CommandContext(t.Context(), args[0], args[1:]...)
-		cmd.Env = env
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("%v: %v\n%s", args, err, out)
-		}
+	for _, chapter := range []string{"Vault", "Consul", "Volumes"} {
+		c.follow(t, n, chapter)
 	}
-	n.run(t, "volume create", "jobs/volume.hcl")
 
 	free := nomadPorts(t)
 	args := []string{"-var=image=" + image, "-var=nodes=1", fmt.Sprint("-var=rpc_port=", free[0]), fmt.Sprint("-var=http_port=", free[1]),
@@ -168,6 +150,37 @@ func TestNomadProduction(t *testing.T) {
 	n.run(t, "job run", append(args, "jobs/diurna.nomad.hcl")...)
 	if got := consume(t, dialWith(t, addr, example), 0); !slices.Equal(got, values) {
 		t.Errorf("in the volume there are %d records", len(got))
+	}
+}
+
+// follow does what a chapter of docs/nomad.md says.
+func (c *trustedCluster) follow(t testing.TB, n *nomad, chapter string) {
+	t.Helper()
+	page, err := os.ReadFile(filepath.Join(program.home, "..", "docs", "nomad.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, _ := strings.Cut(string(page), "\n### "+chapter+"\n")
+	text, _, _ = strings.Cut(text, "\n### ")
+	blocks := regexp.MustCompile("(?ms)^```sh\n(.*?)^```$").FindAllStringSubmatch(text, -1)
+	if len(blocks) == 0 {
+		t.Fatalf("docs/nomad.md has no commands in %q: are they elsewhere now?", chapter)
+	}
+	path := t.TempDir() // a PATH with the tools that are used here
+	for _, name := range []string{"consul", "nomad", "vault"} {
+		if err := os.Symlink(findTool(t, name), filepath.Join(path, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, block := range blocks {
+		cmd := exec.CommandContext(t.Context(), "sh", "-euxc", block[1])
+		cmd.Dir = filepath.Join(program.home, "..")
+		cmd.Env = []string{"PATH=" + path + ":" + os.Getenv("PATH"), "HOME=" + c.dir, "NOMAD_ADDR=" + n.url,
+			"CONSUL_HTTP_ADDR=" + c.consul.HTTP, "CONSUL_HTTP_TOKEN=" + c.consul.Token,
+			"VAULT_ADDR=" + c.vault.URL, "VAULT_TOKEN=" + identitytest.RootToken}
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("docs/nomad.md, %s: %v\n%s", chapter, err, out)
+		}
 	}
 }
 
