@@ -138,8 +138,8 @@ func (r *Replica) holdSnapshot(ctx context.Context) (*generation, *snapshotFile,
 		switch {
 		// Nothing was applied since the start: then there is one of all of it.
 		case err == nil, errors.Is(err, raft.ErrNothingNewToSnapshot):
-		// Who the members are is not agreed on yet.
-		case strings.HasPrefix(err.Error(), "cannot take snapshot now"):
+		// Who the members are is not agreed on yet, or who leads.
+		case strings.HasPrefix(err.Error(), "cannot take snapshot now"), errors.Is(err, raft.ErrLeadershipTransferInProgress):
 		default:
 			return nil, nil, err
 		}

@@ -394,3 +394,35 @@ func TestSavedFormat(t *testing.T) {
 		t.Errorf("trailer % x", end)
 	}
 }
+
+// TestSaveDuringTransfer: a leader that is handing over still saves.
+func TestSaveDuringTransfer(t *testing.T) {
+	c := newCluster(t, "a", "b", "c")
+	c.bootstrap("a", "b", "c")
+	all := c.append(1, 5, 3)
+	for _, id := range c.ids {
+		c.caughtUp(id)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := range 12 {
+			to := raft.ServerID(c.ids[i%3])
+			for _, from := range c.ids {
+				// Whoever leads, if somebody does.
+				_ = c.nodes[from].raft.LeadershipTransferToServer(to, raft.ServerAddress(to+":1")).Error()
+			}
+		}
+	}()
+	defer func() { <-done }()
+	for saved := 0; ; saved++ {
+		select {
+		case <-done:
+			return
+		default:
+		}
+		if _, info := saveAll(t, c.nodes[c.ids[saved%3]]); info.NextOffset != all[4].ack.NextOffset {
+			t.Fatalf("saved %+v", info)
+		}
+	}
+}
