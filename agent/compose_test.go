@@ -76,8 +76,8 @@ func TestCompose(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		for n, at := range now {
-			if !at.After(before[n]) {
+		for _, n := range stackNodes {
+			if !now[n].After(before[n]) {
 				return fmt.Errorf("%s has not", n)
 			}
 		}
