@@ -169,6 +169,7 @@ func (c *nomadCluster) versions(t testing.TB) (all []string) {
 // clients find by name; another version of the program is rolled out under load;
 // the job is stopped, and run again, with its data.
 func TestNomadLife(t *testing.T) {
+	t.Parallel()
 	const next = "v9.9.9-next"
 	program := buildVersion(t, next)
 	c := newNomadCluster(t, false)
