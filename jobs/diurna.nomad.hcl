@@ -103,7 +103,8 @@ job "diurna" {
 
     # A machine that Nomad has lost touch with may still be a voter that the
     # others hear well, and if it is not, they are a majority. Its node is not
-    # replaced: its data is there, and nowhere else.
+    # replaced: its data is there, and nowhere else. docs/nomad.md says how to give
+    # up one that does not come back.
     disconnect {
       lost_after = "24h"
       replace    = false
