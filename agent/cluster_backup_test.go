@@ -184,11 +184,13 @@ func TestClusterBackup(t *testing.T) {
 			for _, m := range c.nodes {
 				m.kill(t)
 			}
+			// As the guide says, with a retention that keeps what is restored.
+			const settings = "log {\n segment_size = \"1MiB\"\n retention_bytes = \"16MiB\"\n}"
 			restored := &processCluster{consul: c.consul, dir: t.TempDir()}
 			if !tc.sameConsul {
-				restored = prepareNodes(t, 3, tc.settings)
+				restored = prepareNodes(t, 3, settings)
 			} else {
-				restored.configure(t, 3, fmt.Sprintf("consul { address = %q }\n%s", c.consul.HTTP, tc.settings))
+				restored.configure(t, 3, fmt.Sprintf("consul { address = %q }\n%s", c.consul.HTTP, settings))
 			}
 			var made snapshotJSON
 			runJSON(t, &made, "operator", "snapshot", "restore", "-json", "-data-dir", restored.dataDir("n1"), file)

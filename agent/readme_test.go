@@ -12,10 +12,11 @@ import (
 )
 
 // alone runs a script in a network of its own, where nobody else has the ports
-// that the README's commands use, in the project's top folder.
+// that the README's commands use, in the project's top folder. What it starts ends
+// with it, in whatever way that ends: it is all there is in its PID namespace.
 func alone(t *testing.T, script string, env ...string) string {
 	t.Helper()
-	unshare := []string{"unshare", "--net"}
+	unshare := []string{"unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"}
 	if os.Geteuid() != 0 {
 		unshare = append(unshare, "--map-root-user")
 	}
@@ -27,7 +28,6 @@ func alone(t *testing.T, script string, env ...string) string {
 	cmd := exec.CommandContext(ctx, unshare[0], append(unshare[1:], "bash", "-euo", "pipefail", "-c", "ip link set lo up\n"+script)...)
 	cmd.Dir = ".."
 	cmd.Env = append(os.Environ(), env...)
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = 20 * time.Second
 	var stderr strings.Builder
 	cmd.Stderr = &stderr

@@ -14,7 +14,6 @@ import (
 
 	"github.com/google/uuid"
 
-	"github.com/diurnalog/diurna/logstore"
 	"github.com/diurnalog/diurna/logstore/replica"
 	"github.com/diurnalog/diurna/logstore/vfs"
 	"github.com/diurnalog/diurna/rpc"
@@ -68,8 +67,6 @@ func (s *stopped) Close() error { return s.data.Close() }
 func (s *stopped) config(cluster string) replica.Config {
 	return replica.Config{
 		Dir: s.data.log(rpc.DefaultLog), FS: s.data.fs, ID: s.data.nodeID(), Address: nowhere(s.data.nodeID()), ClusterID: cluster,
-		// One entry needs no more, and the disk may be as good as full.
-		SegmentSize: logstore.MinSegmentSize,
 	}
 }
 

@@ -88,7 +88,7 @@ func TestRestoreInterrupted(t *testing.T) {
 	disk := vfstest.New()
 	again := 0
 	for _, c := range crashAt(t, disk, func() {
-		if _, _, err := restore(t.Context(), disk, "n", bytes.NewReader(saved), logstore.MinSegmentSize); err != nil {
+		if _, _, err := restore(t.Context(), disk, "n", bytes.NewReader(saved)); err != nil {
 			t.Fatal(err)
 		}
 	}) {
@@ -103,7 +103,7 @@ func TestRestoreInterrupted(t *testing.T) {
 					t.Error(err)
 				}
 			}
-			if _, _, err := restore(t.Context(), c.disk, "n", bytes.NewReader(saved), logstore.MinSegmentSize); err != nil {
+			if _, _, err := restore(t.Context(), c.disk, "n", bytes.NewReader(saved)); err != nil {
 				t.Errorf("%s: not restored again: %v", c.when, err)
 				continue
 			}
@@ -130,7 +130,7 @@ func TestRestoreInterrupted(t *testing.T) {
 // it was, or does not start until the recovery was done again.
 func TestRecoverInterrupted(t *testing.T) {
 	disk := vfstest.New()
-	id, _, err := restore(t.Context(), disk, "n", bytes.NewReader(someSnapshot(t)), logstore.MinSegmentSize)
+	id, _, err := restore(t.Context(), disk, "n", bytes.NewReader(someSnapshot(t)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -165,7 +165,7 @@ func TestRecoverInterrupted(t *testing.T) {
 			t.Errorf("%s: %v", c.when, err)
 		}
 		if err == nil {
-			h, err := replica.Survey(replica.Config{Dir: "n/logs/" + rpc.DefaultLog, FS: c.disk, ID: id.node, Address: nowhere(id.node), SegmentSize: logstore.MinSegmentSize})
+			h, err := replica.Survey(replica.Config{Dir: "n/logs/" + rpc.DefaultLog, FS: c.disk, ID: id.node, Address: nowhere(id.node)})
 			if err != nil || h.ClusterID != now.cluster {
 				t.Errorf("%s: the node is of %s, its log of %s, %v", c.when, now.cluster, h.ClusterID, err)
 			}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/diurnalog/diurna/logstore"
 	"github.com/diurnalog/diurna/logstore/replica"
 	"github.com/diurnalog/diurna/logstore/vfs"
 	"github.com/diurnalog/diurna/rpc"
@@ -21,12 +22,11 @@ import (
 const restoringFile = "restoring"
 
 // restore makes a data directory of a saved snapshot: that of a node which is the
-// only one of a new cluster. Segments have that size; 0 means the default. The
-// directory must be missing or empty. The snapshot is read twice: nothing is
-// touched before all of it has been checked.
+// only one of a new cluster. The directory must be missing or empty. The snapshot
+// is read twice: nothing is touched before all of it has been checked.
 //
 // A restore that was interrupted can be done again.
-func restore(ctx context.Context, fsys vfs.FS, path string, file io.ReadSeeker, segment int64) (id identity, info replica.SavedInfo, err error) {
+func restore(ctx context.Context, fsys vfs.FS, path string, file io.ReadSeeker) (id identity, info replica.SavedInfo, err error) {
 	if err := checkRestorable(fsys, path); err != nil {
 		return id, info, err
 	}
@@ -53,6 +53,10 @@ func restore(ctx context.Context, fsys vfs.FS, path string, file io.ReadSeeker, 
 	}
 	if err := removeRestored(fsys, path); err != nil {
 		return id, info, err
+	}
+	segment := info.SegmentSize
+	if segment < logstore.MinSegmentSize || segment > logstore.MaxSegmentSize {
+		segment = 0 // the default
 	}
 	id = identity{node: uuid.NewString(), cluster: uuid.NewString(), lives: 1}
 	again, err := replica.Restore(replica.Config{

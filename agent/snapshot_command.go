@@ -236,7 +236,7 @@ func (c *restoreCommand) Run(args []string) int {
 	var id identity
 	var info replica.SavedInfo
 	if err := withSnapshot(name, func(ctx context.Context, file io.ReadSeeker) (err error) {
-		id, info, err = restore(ctx, vfs.OS, c.dataDir, file, 0)
+		id, info, err = restore(ctx, vfs.OS, c.dataDir, file)
 		return err
 	}); err != nil {
 		text, code := explainSnapshot(name, err)

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/diurnalog/diurna/logstore"
 	"github.com/diurnalog/diurna/logstore/vfs"
@@ -14,7 +16,8 @@ import (
 // Restore makes a replica's directory of a saved snapshot: that of the only
 // member of a new group, with the id cfg.ClusterID, which has every record of the
 // snapshot at its offset, with its append time. Of cfg, Dir, ID, Address,
-// ClusterID, FS and SegmentSize count. Dir must be missing or empty.
+// ClusterID, FS and SegmentSize count; that had best be the snapshot's, since
+// retention deletes whole segments. Dir must be missing or empty.
 //
 // All is durable when it returns, and checked. Whatever goes wrong, it removes
 // what it has made, as well as it can.
@@ -47,7 +50,11 @@ func Restore(cfg Config, r io.Reader) (info SavedInfo, err error) {
 		if err := cfg.FS.MkdirAll(dir); err != nil {
 			return logstore.ImportStats{}, err
 		}
-		return logstore.Import(filepath.Join(dir, "log"), logOptions(&cfg), log)
+		stats, err := logstore.Import(filepath.Join(dir, "log"), logOptions(&cfg), log)
+		if err == nil {
+			err = trim(cfg.FS, filepath.Join(dir, "log"))
+		}
+		return stats, err
 	})
 	if err != nil {
 		return info, err
@@ -67,7 +74,10 @@ func found(cfg *Config, snapshot *snapshotFile, state *fsmState) (err error) {
 	if opened.stable, err = openStable(cfg.FS, cfg.Dir, func(error) {}); err != nil {
 		return err
 	}
-	if opened.gen, err = openGeneration(cfg, 1); err != nil {
+	// The seam gets a segment of its own, of no size to speak of.
+	small := *cfg
+	small.SegmentSize = logstore.MinSegmentSize
+	if opened.gen, err = openGeneration(&small, 1); err != nil {
 		return err
 	}
 	// Who was removed from the old group is nothing to the new one.
@@ -77,4 +87,32 @@ func found(cfg *Config, snapshot *snapshotFile, state *fsmState) (err error) {
 	}
 	// Last: without it, the directory is not a replica's.
 	return writeCurrent(cfg.FS, cfg.Dir, id, opened.gen)
+}
+
+// trim cuts off what the last segment of a log that is closed has reserved behind
+// its end. Retention counts files as large as they are: with a segment's worth of
+// nothing in it, the log might be taken for one of which something has to go.
+func trim(fsys vfs.FS, dir string) (err error) {
+	names, err := fsys.List(dir)
+	if err != nil {
+		return err
+	}
+	names = slices.DeleteFunc(names, func(name string) bool { return !strings.HasSuffix(name, ".log") })
+	if len(names) == 0 {
+		return fmt.Errorf("%s has no segments", dir)
+	}
+	last := filepath.Join(dir, names[len(names)-1])
+	report, err := logstore.Inspect(fsys, last, func(logstore.Frame) error { return nil })
+	if err != nil {
+		return err
+	}
+	f, err := fsys.OpenReadWrite(last)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if err := f.Truncate(report.Position); err != nil {
+		return err
+	}
+	return f.Sync()
 }

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/hashicorp/raft"
 
@@ -61,7 +62,7 @@ func Survey(cfg Config) (Holding, error) {
 // one, unless an earlier call with the same arguments was interrupted, or has
 // done all of it. So Recover can be repeated until it returns nil.
 //
-// Of cfg, Dir, ID, Address, ClusterID, FS and SegmentSize count. Errors are those
+// Of cfg, Dir, ID, Address, ClusterID and FS count. Errors are those
 // of Survey.
 func Recover(cfg Config, after uint64) (Holding, error) {
 	var found Holding
@@ -105,6 +106,9 @@ func salvage(cfg Config, do func(*Config, *files) error) (err error) {
 	} else if !slices.Contains(names, currentName) && !slices.Contains(names, stableName) {
 		return fmt.Errorf("%s: %w", cfg.Dir, ErrNoReplica)
 	}
+	if cfg.SegmentSize, err = largestSegment(&cfg); err != nil {
+		return err
+	}
 	files, err := openFiles(&cfg, func(error) {})
 	if err == nil {
 		err = errors.Join(do(&cfg, files), files.close())
@@ -113,6 +117,39 @@ func salvage(cfg Config, do func(*Config, *files) error) (err error) {
 		err = fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	return err
+}
+
+// largestSegment returns the size of the largest segment that there is. With that,
+// opening reserves no more than there is already, and an entry that is appended
+// does not end the active segment before its time: retention might take it then.
+func largestSegment(cfg *Config) (largest int64, err error) {
+	largest = logstore.MinSegmentSize
+	generations, err := cfg.FS.List(cfg.Dir)
+	if err != nil {
+		return 0, err
+	}
+	for _, gen := range generations {
+		dir := filepath.Join(cfg.Dir, gen, "log")
+		names, err := cfg.FS.List(dir)
+		if err != nil {
+			continue // not a generation, or one that opening complains of
+		}
+		for _, name := range names {
+			if !strings.HasSuffix(name, ".log") {
+				continue
+			}
+			f, err := cfg.FS.Open(filepath.Join(dir, name))
+			if err != nil {
+				return 0, err
+			}
+			size, err := f.Size()
+			if err := errors.Join(err, f.Close()); err != nil {
+				return 0, err
+			}
+			largest = max(largest, size)
+		}
+	}
+	return min(largest, logstore.MaxSegmentSize), nil
 }
 
 // ErrNoReplica: the directory does not hold a replica.

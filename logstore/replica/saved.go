@@ -61,6 +61,9 @@ type SavedInfo struct {
 	// LastAppendTime is that of the last record, in nanoseconds since 1970 UTC; 0
 	// where there never was one.
 	LastAppendTime int64 `json:"last_append_time,omitempty"`
+	// SegmentSize is how large segments were to become where it was taken; 0 for
+	// the default.
+	SegmentSize int64 `json:"segment_size,omitempty"`
 
 	// Size is that of all of it, in bytes.
 	Size int64 `json:"-"`
@@ -121,7 +124,7 @@ func (r *Replica) save(gen *generation, f *snapshotFile, info SavedInfo) (*Saved
 	info.ClusterID, info.Taken = state.ClusterID, r.cfg.Now().UTC()
 	info.FirstOffset = max(state.FirstOffset, stream.export.FirstOffset())
 	info.NextOffset, info.Index, info.Term = state.NextOffset, f.Index, f.Term
-	info.LastAppendTime = stream.export.LastAppendTime()
+	info.LastAppendTime, info.SegmentSize = stream.export.LastAppendTime(), r.cfg.SegmentSize
 	head, err := encodeSavedHead(&info, stream.size)
 	if err != nil {
 		return nil, errors.Join(err, stream.export.Close())

@@ -426,3 +426,64 @@ func TestSaveDuringTransfer(t *testing.T) {
 		}
 	}
 }
+
+// diskUsed is what retention takes a log for, in bytes.
+func diskUsed(r *Replica) (bytes int64) {
+	for _, s := range r.gens.log().Segments() {
+		bytes += s.Bytes
+	}
+	return bytes
+}
+
+// TestRestoreKeepsItsSize: a log that was restored, or recovered, is no larger than
+// it was, whatever the size of segments: or retention would delete records of it
+// that it should keep. And nothing of it is in a larger segment than before.
+func TestRestoreKeepsItsSize(t *testing.T) {
+	const large = 1 << 20
+	disk := vfstest.New()
+	cfg := memConfig("data", disk)
+	cfg.SegmentSize, cfg.ClusterID = large, "old"
+	r := mustOpen(t, cfg)
+	p := batchOf(1, 20)
+	for range 4 * logstore.MinSegmentSize / len(p.Records) {
+		mustPropose(t, r, string(p.Records), p.Count)
+	}
+	saved, info := saveAll(t, r)
+	if info.SegmentSize != large {
+		t.Errorf("saved %+v", info)
+	}
+	mustClose(t, r)
+
+	into := memConfig("data", vfstest.New())
+	into.SegmentSize, into.ClusterID, into.Bootstrap = large, "new", nil
+	if _, err := Restore(into, bytes.NewReader(saved)); err != nil {
+		t.Fatal(err)
+	}
+	into.SegmentSize = logstore.MinSegmentSize // as the node has it configured
+	restored := mustOpen(t, into)
+	mustPropose(t, restored, string(p.Records), p.Count)
+	if used := diskUsed(restored); used > info.Size+16<<10 {
+		t.Errorf("a log of %d bytes takes %d", info.Size, used)
+	}
+	mustClose(t, restored)
+
+	before := disk.Snapshot()
+	held, err := Survey(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range disk.Snapshot() {
+		if len(content) != len(before[name]) {
+			t.Errorf("looking changed %s from %d to %d bytes", name, len(before[name]), len(content))
+		}
+	}
+	cfg.ClusterID = "new"
+	if _, err := Recover(cfg, held.LastIndex); err != nil {
+		t.Fatal(err)
+	}
+	recovered := mustOpen(t, cfg)
+	defer mustClose(t, recovered)
+	if segments := recovered.gens.log().Segments(); len(segments) != 1 || diskUsed(recovered) != large {
+		t.Errorf("a recovery ended the segment: %+v", segments)
+	}
+}
