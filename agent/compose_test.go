@@ -468,6 +468,7 @@ func (s *stack) followPage() {
 		s.t.Fatalf("docs/compose.md has %d blocks of things to try", len(blocks))
 	}
 	dir := s.t.TempDir()
+	var fetch []string // what gets files; Vault's CA may be a new one since
 	for _, block := range blocks {
 		for command := range strings.Lines(strings.ReplaceAll(block, "\\\n", "")) {
 			command = strings.TrimSpace(command)
@@ -483,8 +484,14 @@ func (s *stack) followPage() {
 			if strings.Contains(command, "localhost:") { // at another port after each start
 				here = append(here, "localhost:8400", s.port("n1", "8400/tcp"), "localhost:8402", s.port("n1", "8402/tcp"))
 			}
+			script := strings.NewReplacer(here...).Replace(command)
+			if strings.Contains(command, ">ca.pem") || strings.Contains(command, ">me.pem") {
+				fetch = append(fetch, script)
+			} else if strings.Contains(command, "ca.pem") {
+				script = strings.Join(append(slices.Clone(fetch), script), "; ")
+			}
 			s.until("this works: "+command, func() error {
-				out, text, err := s.try(s.ctx, 2*time.Minute, nil, "bash", "-c", "set -euo pipefail; cd "+dir+"; "+strings.NewReplacer(here...).Replace(command))
+				out, text, err := s.try(s.ctx, 2*time.Minute, nil, "bash", "-c", "set -euo pipefail; cd "+dir+"; "+script)
 				switch {
 				case strings.Contains(command, "producer.pem") && !strings.Contains(text, "DENIED"):
 					return fmt.Errorf("not DENIED, but %v\n%s%s", err, text, out)

@@ -276,12 +276,16 @@ func (m *membership) retire(ctx context.Context, a answer, servers []replica.Ser
 }
 
 func (m *membership) change(id, what string, err error) bool {
-	if err != nil {
-		m.complain(id, what, err)
-		return false
+	var elsewhere *replica.NotLeaderError
+	switch {
+	case err == nil:
+		m.forget(id)
+		return true
+	case errors.Is(err, replica.ErrNoLeader), errors.As(err, &elsewhere), errors.Is(err, replica.ErrClosed):
+		return false // leadership is on its way, here or away; there is a look when it has arrived
 	}
-	m.forget(id)
-	return true
+	m.complain(id, what, err)
+	return false
 }
 
 // complain logs something once, until it changes or forget.

@@ -101,7 +101,7 @@ func TestReadme(t *testing.T) {
 		command = comment.ReplaceAllString(command, "")
 		t.Run(command, func(t *testing.T) {
 			out := alone(t, try, "RUN="+command, "UNTIL=^Ctrl-C", "TRY=")
-			for _, want := range []string{"100000", `"ready":true`, "diurna_ready 1"} {
+			for _, want := range []string{"100000\n", `"name":"n1"`, `diurna_log_next_offset{log="default"} 100000`} {
 				if !strings.Contains(out, want) {
 					t.Errorf("%q is not in what the commands printed, which begins with\n%s", want, out[:min(len(out), 4<<10)])
 				}
