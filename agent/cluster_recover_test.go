@@ -1,11 +1,14 @@
 package agent
 
 import (
+	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/diurnalog/diurna/rpc/client"
 )
@@ -35,6 +38,101 @@ func guide(t testing.TB, section string) (steps [][2]string) {
 		}
 	}
 	return steps
+}
+
+// follow does what a guide says on each of the machines that it names.
+func (c *processCluster) follow(t *testing.T, steps [][2]string, machines map[string]*member) {
+	t.Helper()
+	id := regexp.MustCompile(`<the id of (\w+)>`)
+	ids := map[string]string{} // as long as there are files to read them from
+	for name, m := range machines {
+		if _, err := os.Stat(m.dir); err == nil {
+			ids[name] = identityOf(t, m).node
+		}
+	}
+	for _, step := range steps {
+		m, command := machines[step[0]], step[1]
+		if m == nil {
+			t.Fatalf("%q: on which machine?", step)
+		}
+		command = strings.ReplaceAll(command, "/var/lib/diurna", m.dir)
+		command = id.ReplaceAllStringFunc(command, func(s string) string { return ids[id.FindStringSubmatch(s)[1]] })
+		words := strings.Fields(command)
+		switch {
+		case command == "systemctl stop diurna":
+			if m.running() {
+				m.terminate(t)
+			}
+		case command == "systemctl start diurna":
+			c.launch(t, m)
+			m.awaitReady(t) // where the guide looks, a person would look again
+		case command == "systemctl restart diurna":
+			m.terminate(t)
+			c.launch(t, m)
+			m.awaitReady(t)
+		case strings.HasPrefix(command, "install "): // a newer binary: TestNomadLife has one
+		case command == "until curl -fsS http://127.0.0.1:8402/v1/health/ready; do sleep 1; done":
+			m.awaitCounted(t)
+		case slices.Equal(words, []string{"rm", "-rf", m.dir}):
+			if err := os.RemoveAll(m.dir); err != nil {
+				t.Fatal(err)
+			}
+		case words[0] == "diurna":
+			words = words[1:]
+			if !slices.Contains(words, "-data-dir") {
+				words = append(words, "-addr", m.listen)
+			}
+			code, stdout, stderr := runDiurna(t, "", words...)
+			if code != exitOK {
+				t.Fatalf("%q: exit %d\n%s%s", step, code, stdout, stderr)
+			}
+			t.Logf("%s$ %s\n%s", step[0], command, stdout)
+		default:
+			t.Fatalf("this test cannot run %q", command)
+		}
+	}
+}
+
+// awaitCounted waits until a node says by HTTP that it can be counted on.
+func (m *member) awaitCounted(t testing.TB) {
+	t.Helper()
+	for end := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) { // another process's state
+		resp, err := http.Get("http://" + m.httpAddr(t) + "/v1/health/ready")
+		if err == nil {
+			err = resp.Body.Close()
+		}
+		if err == nil && resp.StatusCode == http.StatusOK {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%s is not ready: %v", m.name, err)
+		}
+	}
+}
+
+// TestUpgradeGuide: a rolling upgrade, and the replacement of a node, as the guide
+// has them, under producers that notice neither.
+func TestUpgradeGuide(t *testing.T) {
+	t.Parallel()
+	upgrade, replace := guide(t, "Upgrading"), guide(t, "Replacing a node")
+	if len(upgrade) < 9 || len(replace) < 4 {
+		t.Fatalf("the guide has %q and %q", upgrade, replace)
+	}
+	c := startNodes(t, 3, "")
+	c.servers(t, "three nodes vote", healthy(3))
+	machines := map[string]*member{"db1": c.nodes[0], "db2": c.nodes[1], "db3": c.nodes[2]}
+	l := startLoad(t, 2, c.addresses())
+	c.follow(t, upgrade, machines)
+
+	lost := c.nodes[2]
+	lost.kill(t)
+	added := &member{name: "n4", dir: c.dataDir("n4"), listen: freeAddress(t)}
+	c.nodes = append(c.nodes, added)
+	machines["db4"] = added
+	c.follow(t, replace, machines)
+	c.nodes = slices.Delete(c.nodes, 2, 3)
+	c.servers(t, "three nodes vote", healthy(3))
+	l.stop(t, c)
 }
 
 // TestClusterQuorumLost: two of three nodes are gone with their data. Somebody who
@@ -73,38 +171,7 @@ func TestClusterQuorumLost(t *testing.T) {
 	if left.Records == 0 || left.NextOffset > ack.NextOffset {
 		t.Errorf("what is left: %+v", left)
 	}
-	for _, step := range steps {
-		m, command := machines[step[0]], step[1]
-		if m == nil {
-			t.Fatalf("%q: on which machine?", step)
-		}
-		words := strings.Fields(strings.ReplaceAll(command, "/var/lib/diurna", m.dir))
-		switch {
-		case command == "systemctl stop diurna":
-			if m.running() {
-				m.terminate(t)
-			}
-		case command == "systemctl start diurna":
-			c.launch(t, m)
-			m.awaitReady(t) // where the guide looks, a person would look again
-		case slices.Equal(words, []string{"rm", "-rf", m.dir}):
-			if err := os.RemoveAll(m.dir); err != nil {
-				t.Fatal(err)
-			}
-		case words[0] == "diurna":
-			words = words[1:]
-			if !slices.Contains(words, "-data-dir") {
-				words = append(words, "-addr", m.listen)
-			}
-			code, stdout, stderr := runDiurna(t, "", words...)
-			if code != exitOK {
-				t.Fatalf("%q: exit %d\n%s%s", step, code, stdout, stderr)
-			}
-			t.Logf("%s$ %s\n%s", step[0], command, stdout)
-		default:
-			t.Fatalf("this test cannot run %q", command)
-		}
-	}
+	c.follow(t, steps, machines)
 	servers := c.servers(t, "three nodes vote", healthy(3))
 	for _, m := range c.nodes {
 		if !slices.ContainsFunc(servers, func(s client.Server) bool { return s.Address == m.listen }) {
