@@ -85,22 +85,20 @@ trap 'rm -f "$log"' EXIT
 
 // TestReadme runs what the README says to try, as it stands there.
 func TestReadme(t *testing.T) {
-	comment := regexp.MustCompile(`\s+#.*`)
 	t.Run("a node", func(t *testing.T) {
 		blocks := readmeBlocks(t, "Try it")
 		if len(blocks) != 2 {
 			t.Fatalf("%d blocks", len(blocks))
 		}
-		out := alone(t, try, "RUN="+comment.ReplaceAllString(strings.TrimSpace(blocks[0]), ""), "UNTIL=Ready", "TRY="+blocks[1])
+		out := alone(t, try, "RUN="+typed(blocks[0]), "UNTIL=Ready", "TRY="+blocks[1])
 		lines := strings.Fields(out)
 		if len(lines) != 5 || lines[0] != "100000" || lines[1] != lines[3] {
 			t.Errorf("printed %q, want 100000 and a checksum twice", out)
 		}
 	})
-	for _, command := range strings.Split(strings.TrimSpace(strings.Join(readmeBlocks(t, "Try a cluster"), "")), "\n") {
-		command = comment.ReplaceAllString(command, "")
-		t.Run(command, func(t *testing.T) {
-			out := alone(t, try, "RUN="+command, "UNTIL=^Ctrl-C", "TRY=")
+	for _, line := range strings.Split(strings.TrimSpace(strings.Join(readmeBlocks(t, "Try a cluster"), "")), "\n") {
+		t.Run(typed(line), func(t *testing.T) {
+			out := alone(t, try, "RUN="+typed(line), "UNTIL=^Ctrl-C", "TRY=")
 			for _, want := range []string{"100000\n", `"name":"n1"`, `diurna_log_next_offset{log="default"} 100000`} {
 				if !strings.Contains(out, want) {
 					t.Errorf("%q is not in what the commands printed, which begins with\n%s", want, out[:min(len(out), 4<<10)])
@@ -109,3 +107,39 @@ func TestReadme(t *testing.T) {
 		})
 	}
 }
+
+// TestReadmeDeploys: what the README says of Docker and Nomad is what their own
+// pages say, whose commands TestCompose and TestNomadLife try.
+func TestReadmeDeploys(t *testing.T) {
+	known := map[string]bool{}
+	for _, name := range []string{"compose.md", "nomad.md"} {
+		page, err := os.ReadFile("../docs/" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, block := range fenced(string(page), "sh") {
+			for line := range strings.Lines(block) {
+				known[typed(line)] = true
+			}
+		}
+	}
+	tried := 0
+	for _, block := range readmeBlocks(t, "Deploy it") {
+		for line := range strings.Lines(block) {
+			for part := range strings.SplitSeq(line, " && ") {
+				tried++
+				if !known[typed(part)] {
+					t.Errorf("%q is on no page that is tried", typed(part))
+				}
+			}
+		}
+	}
+	if tried < 6 {
+		t.Errorf("%d commands were found", tried)
+	}
+}
+
+var comment = regexp.MustCompile(`\s+#.*`)
+
+// typed is what one types of a line: it without the comment behind it.
+func typed(line string) string { return comment.ReplaceAllString(strings.TrimSpace(line), "") }
