@@ -6,6 +6,8 @@ FUZZTIME  ?= 60s
 BENCHTIME ?= 1s
 BENCH     ?= .
 PKG       ?= ./...
+# Tests of clusters mostly wait, for elections and for other processes.
+PARALLEL  ?= 4
 # `make run ARGS="-data-dir /tmp/x"`
 ARGS      ?=
 
@@ -70,11 +72,11 @@ compose-down: ## Stop them, and keep their data (ARGS=-v: and remove it)
 
 .PHONY: test
 test: vet proto-check consul nomad vault ## Vet, check that generated code is fresh, run all tests
-	$(GO) test -timeout 15m $(PKG)
+	$(GO) test -parallel $(PARALLEL) -timeout 20m $(PKG)
 
 .PHONY: race
 race: consul nomad vault ## Run all tests with the race detector (needs a C compiler)
-	GORACE='suppressions=$(CURDIR)/scripts/race.txt' CGO_ENABLED=1 $(GO) test -race -timeout 30m $(PKG)
+	GORACE='suppressions=$(CURDIR)/scripts/race.txt' CGO_ENABLED=1 $(GO) test -race -parallel $(PARALLEL) -timeout 40m $(PKG)
 
 .PHONY: soak
 soak: consul nomad vault ## Run the same tests for hours: more crashes, bit flips and kills
