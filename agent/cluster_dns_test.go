@@ -244,19 +244,7 @@ func (c *processCluster) awaitAddresses(t testing.TB, name string, members ...*m
 		host, _, _ := net.SplitHostPort(m.listen)
 		want = append(want, host)
 	}
-	slices.Sort(want)
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	for {
-		got, err := c.dns().LookupHost(ctx, name+".service.consul.")
-		slices.Sort(got)
-		if slices.Equal(got, want) {
-			return
-		}
-		select {
-		case <-time.After(100 * time.Millisecond):
-		case <-ctx.Done():
-			t.Fatalf("%s: got %v, %v; want %v", name, got, err, want)
-		}
-	}
+	c.awaitLookup(t, name, want, func(ctx context.Context) ([]string, error) {
+		return c.dns().LookupHost(ctx, name+".service.consul.")
+	})
 }

@@ -214,15 +214,23 @@ func (c *processCluster) dns() *net.Resolver {
 // awaitDNS waits until Consul's DNS lists exactly these ports.
 func (c *processCluster) awaitDNS(t testing.TB, name string, want []string) {
 	t.Helper()
+	c.awaitLookup(t, name, want, func(ctx context.Context) (got []string, err error) {
+		_, records, err := c.dns().LookupSRV(ctx, "", "", name+".service.consul.")
+		for _, r := range records {
+			got = append(got, fmt.Sprint(r.Port))
+		}
+		return got, err
+	})
+}
+
+// awaitLookup waits until a name is answered by just this, in whatever order.
+func (c *processCluster) awaitLookup(t testing.TB, name string, want []string, lookup func(context.Context) ([]string, error)) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	slices.Sort(want)
 	for {
-		_, records, err := c.dns().LookupSRV(ctx, "", "", name+".service.consul.")
-		var got []string
-		for _, r := range records {
-			got = append(got, fmt.Sprint(r.Port))
-		}
+		got, err := lookup(ctx)
 		slices.Sort(got)
 		if slices.Equal(got, want) {
 			return
