@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -46,15 +47,25 @@ func startProcess(t testing.TB, args ...string) *process {
 	if p.stdin, err = p.StdinPipe(); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.Start(); err != nil {
-		t.Fatal(err)
-	}
+	started := make(chan error)
 	go func() {
+		// On Linux a child dies with the thread that made it, see childAttr. Without
+		// this, that thread might serve another goroutine next, and end with it.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := p.Start()
+		started <- err
+		if err != nil {
+			return
+		}
 		_ = p.Wait() // ProcessState tells
 		p.stdout.end()
 		p.stderr.end()
 		close(p.ended)
 	}()
+	if err := <-started; err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
 		// The group is named after a process that has not been waited for, or
 		// there is no such group any more.
