@@ -301,6 +301,12 @@ func testForgotten(t *testing.T, s *suite) {
 	await(t, b, "both are there", trusted(a, b))
 	for range 2 {
 		s.Forget(t, s.cluster, a.self.ID)
+		// In the registry: a and b may not have heard yet that it forgot.
+		for end := time.Now().Add(limit); !exactly(s.Nodes(t, s.cluster), a, b); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("a does not register again; there are %+v", s.Nodes(t, s.cluster))
+			}
+		}
 		await(t, b, "a is back", trusted(a, b))
 		await(t, a, "a sees itself", trusted(a, b))
 	}
