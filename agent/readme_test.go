@@ -20,7 +20,7 @@ func alone(t *testing.T, script string, env ...string) string {
 	if os.Geteuid() != 0 {
 		unshare = append(unshare, "--map-root-user")
 	}
-	if err := exec.Command(unshare[0], append(unshare[1:], "true")...).Run(); err != nil {
+	if err := exec.Command(unshare[0], append(unshare[1:], "ip", "link", "set", "lo", "up")...).Run(); err != nil {
 		t.Skipf("no network of its own for the README's ports here: %s: %v", strings.Join(unshare, " "), err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
