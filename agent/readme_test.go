@@ -71,7 +71,7 @@ if [ -z "$TRY" ]; then
   TRY=$(sed -n '/In another terminal/,/^[A-Z].*:$/p' "$log" | grep '^    ')
   command -v dig >/dev/null || TRY=$(printf '%s\n' "$TRY" | grep -v '^ *dig ')
 fi
-bash -euo pipefail -c "$TRY"
+LOG=$log bash -euo pipefail -c "$TRY"
 kill -INT -- -$started
 code=0
 wait $started || code=$?
@@ -143,3 +143,38 @@ var comment = regexp.MustCompile(`\s+#.*`)
 
 // typed is what one types of a line: it without the comment behind it.
 func typed(line string) string { return comment.ReplaceAllString(strings.TrimSpace(line), "") }
+
+// TestLookingGuide runs what docs/operations.md says about looking at a cluster, as
+// it stands there: in plaintext, and what needs files, with TLS.
+func TestLookingGuide(t *testing.T) {
+	page, err := os.ReadFile("../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(page), "\n## Looking at it\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	var plain, secured []string
+	for _, block := range fenced(section, "sh") {
+		for line := range strings.Lines(block) {
+			if strings.Contains(line, "https:") {
+				secured = append(secured, typed(line))
+			} else {
+				plain = append(plain, typed(line))
+			}
+		}
+	}
+	if len(plain) < 5 || len(secured) < 1 {
+		t.Fatalf("found %q and %q", plain, secured)
+	}
+	out := alone(t, try, "RUN=make cluster", "UNTIL=^Ctrl-C", "TRY=PATH=$PWD/bin:$PATH\n"+strings.Join(plain, "\n"))
+	for _, want := range []string{"SERVING", "healthy", `"ready":`} {
+		if !strings.Contains(out, want) {
+			t.Errorf("%q is not in what is printed:\n%s", want, out)
+		}
+	}
+	files := strings.NewReplacer("ca.pem", "$DIURNA_CACERT", "me.pem", "$DIURNA_CLIENT_CERT", "me-key.pem", "$DIURNA_CLIENT_KEY")
+	out = alone(t, try, "RUN=TLS=1 make cluster", "UNTIL=^Ctrl-C", `TRY=eval "$(grep -o 'export DIURNA_.*' "$LOG")"`+"\n"+files.Replace(strings.Join(secured, "\n")))
+	if !strings.Contains(out, `"name":"n1"`) {
+		t.Errorf("by HTTPS: %s", out)
+	}
+}
