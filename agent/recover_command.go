@@ -56,9 +56,10 @@ nodes had it that are gone; no survivor can tell. The other survivors have to be
 started with empty data directories: the node that was kept adds them, and they
 get the log from it. With their old data, it refuses them.
 
-The node must be stopped. Run it as the user that runs the node. What is replaced is kept in the data directory, in
-before-recovery-<index>. If it is interrupted, run it again. Exits 0 when it has
-done what it says, 2 when the data is damaged, and 1 for everything else.
+The node must be stopped. Run it as the user that runs the node. What is replaced
+is kept in the data directory, in before-recovery-<index>. If it is interrupted,
+run it again. Exits 0 when it has done what it says, 2 when the data is damaged,
+and 1 for everything else.
 `, `
 Examples:
 
@@ -175,10 +176,7 @@ What only nodes had that are gone is lost then, even if it was acknowledged.
 
 func describeSurvivor(v *survivor) string {
 	var b strings.Builder
-	// A strings.Builder takes everything.
-	line := func(name, format string, args ...any) {
-		_, _ = fmt.Fprintf(&b, "  %-12s%s\n", name, fmt.Sprintf(format, args...))
-	}
+	line := labelled(&b)
 	line("node", "%s", v.NodeID)
 	line("cluster", "%s", v.ClusterID)
 	line("last entry", "term %d, index %d", v.LastTerm, v.LastIndex)

@@ -51,12 +51,16 @@ func toSnapshotJSON(file string, i *replica.SavedInfo) snapshotJSON {
 	}
 }
 
+// labelled returns what writes one line of a description.
+func labelled(b *strings.Builder) func(name, format string, args ...any) {
+	return func(name, format string, args ...any) {
+		_, _ = fmt.Fprintf(b, "  %-12s%s\n", name, fmt.Sprintf(format, args...)) // a strings.Builder takes everything
+	}
+}
+
 func describeSnapshot(i *replica.SavedInfo) string {
 	var b strings.Builder
-	// A strings.Builder takes everything.
-	line := func(name, format string, args ...any) {
-		_, _ = fmt.Fprintf(&b, "  %-12s%s\n", name, fmt.Sprintf(format, args...))
-	}
+	line := labelled(&b)
 	line("cluster", "%s, id %s", i.ClusterName, i.ClusterID)
 	line("taken", "%s, by node %s", i.Taken.Format(time.RFC3339), i.NodeID)
 	if i.Records() == 0 {
